@@ -1,0 +1,734 @@
+"""CBDM: Class-Balancing Diffusion Models (Qin, Zheng, Yao, Zhou, Zhang; CVPR 2023, arXiv:2305.00562), in one file.
+
+A class-conditional diffusion model that has seen five images of a class paints those five, or something else. CBDM trains
+the usual DDPM and, with each image x_t of class y, asks the network once more with a random other label y'. The two
+predictions are pulled together (Eq. 4), the more so the noisier x_t is. Noisy steps decide composition, pose and colour, so
+the tail classes borrow those from the head, while the last, class-specific steps stay free.
+
+    python cbdm.py --dataset shapeslt                    # first look: drawn shapes, a CPU, minutes
+    python cbdm.py --dataset cifar100lt                  # the paper's run (Table 1)
+    python cbdm.py --dataset cifar100lt --tau 0          # its baseline: DDPM with classifier-free guidance
+    python cbdm.py --dataset cifar100lt --label-set sqrt # Table 2; also bal, or --init-from RUN/checkpoint.pt to fine-tune
+    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim --ddim-steps 100   # Table 6, from the finished run
+
+Each command resumes the run it finds in its run directory. What a run costs: COST_PLACEHOLDER
+
+Where this differs from the paper (P) or the authors' code (C, github.com/qym7/CBDM-pytorch), and why:
+  * t runs over T = 1000 values 0 .. 999 as in C; Alg. 1 writes {0 .. T}, which would be 1001.
+  * The regulariser's weight is tau * t with the paper's tau = 0.001; C writes t/T * 1.0, the same number.
+  * A label is dropped (for guidance) per image; C drops those of a whole batch at once. Same expectation, less variance.
+    `--drop-whole-batch` does as C.
+  * Dropped images have no regulariser, as in C; P does not say.
+  * Squared norms are means over pixels, as in C; P's sums would change what the gradient clipping at 1 means.
+  * Warm-up is 5000 steps as in C; P says epochs, which would be longer than the whole training.
+  * y' comes from the training distribution by default, as in C's runs from scratch; P leaves q*_Y open (Table 2 compares).
+  * x_0 is not clipped while sampling: C's clipping has no effect, so no published number was made with it. `--clip-x0` does.
+  * Samples have exactly balanced labels; C draws them at random (500 +- 22 a class).
+  * The output convolution of an attention block starts near zero, as in DDPM (Ho et al. 2020); C overwrites that by accident.
+  * bfloat16 where the processor has it (`--amp off` for C's float32), fused Adam, both labels in one forward pass.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import datasets
+from datasets import InputError, atomic_write
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+# What differs from data set to data set. P: the paper. C: the README, config files or flags of the authors' code.
+CIFAR100LT = dict(
+    image_size=32,
+    steps=300_000, batch_size=48,  # C, README (P: "appropriate epochs")
+    lr=2e-4, warmup=5_000, lr_schedule="constant",  # P §4.1, C
+    ema=0.9999, dropout=0.1,  # C
+    channels=128, multipliers=[1, 2, 2, 2], blocks=2, attention_level=1,  # C, the U-Net of DDPM
+    guidance=1.6,  # P §4.1, read in the order of Table 1; C's README says 1.6 too
+    sampler="ancestral", ddim_steps=100, clip_x0=False,  # C; DDIM: P Table 6
+    eval_images=50_000,  # P §4.1
+    sample_every=10_000, save_every=2_000,
+)  # fmt: skip
+BALANCED = CIFAR100LT | dict(steps=800_000, batch_size=128, guidance=0.8)  # C, config files; P §4.1
+DATASETS = {
+    "cifar100lt": CIFAR100LT,
+    "cifar10lt": CIFAR100LT | dict(guidance=1.0),  # P §4.1. CHOICE: steps and batch of CIFAR100LT, C's are not known
+    "cifar100": BALANCED,
+    "cifar10": BALANCED,
+    # Ours: sized for two CPU cores and a few minutes.
+    "shapeslt": CIFAR100LT | dict(
+        image_size=16, steps=1200, batch_size=32, lr=1e-3, warmup=100, lr_schedule="cosine", ema=0.99, dropout=0.0,
+        channels=32, multipliers=[1, 2, 2], blocks=1, attention_level=2,
+        guidance=1.0, sampler="ddim", ddim_steps=25, clip_x0=True,
+        eval_images=500, sample_every=400, save_every=200,
+    ),
+}  # fmt: skip
+DATASETS["shapes"] = DATASETS["shapeslt"]
+DDPM_GUIDANCE = {"cifar100lt": 0.8}  # C, README: the baseline's own best; P tunes omega for each model
+
+# May differ between two commands on one run directory: they leave the weights as they are.
+FREE = {"data_dir", "run_dir", "device", "steps", "sample_every", "save_every", "eval_images", "eval_only", "features",
+        "reference", "guidance", "sampler", "ddim_steps", "ddim_eta", "clip_x0"}  # fmt: skip
+
+
+def parse_settings(argv=None):
+    """The command line as a namespace; what is not given comes from the table of the data set."""
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--dataset", default="cifar100lt")
+    which.add_argument("--tau", type=float, default=0.001)
+    first, _ = which.parse_known_args(argv)
+    table = dict(DATASETS.get(first.dataset, CIFAR100LT))
+    if first.tau == 0:
+        table["guidance"] = DDPM_GUIDANCE.get(first.dataset, table["guidance"])
+    rho = datasets.DEFAULT_RHO if first.dataset.endswith("lt") else None
+
+    parser = argparse.ArgumentParser(
+        description="Class-Balancing Diffusion Models. Defaults shown are those of --dataset " + first.dataset,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.error = fail
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="cifar100lt", help="a name that datasets.py knows, or folder:PATH")
+    group.add_argument("--rho", type=float, default=rho, help="imbalance ratio of a long-tailed set; P: 100")
+    group.add_argument("--data-dir", default="data", help="where prepared data sets lie")
+    group.add_argument("--image-size", type=int, help="pixels")
+    group.add_argument("--resample", choices=("data", "uniform", "sqrt"), default="data",
+                       help="class distribution of the training images; uniform is RS, sqrt is RS-SQRT in Table 1")
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--tau", type=float, default=0.001, help="weight of the regulariser, P §4.3; 0 is DDPM")
+    group.add_argument("--gamma", type=float, default=0.25, help="weight of the commitment term, P §3.3")
+    group.add_argument("--label-set", choices=("train", "bal", "sqrt"), default="train", help="where y' comes from, Table 2")
+    group.add_argument("--drop-rate", type=float, default=0.1, help="share of images without a label, P §3.3")
+    group.add_argument("--drop-whole-batch", action="store_true", help="drop the labels of whole batches, C")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--channels", type=int, help="width of the first level, a multiple of 32")
+    group.add_argument("--multipliers", type=int, nargs="+", help="width of each level, in units of --channels")
+    group.add_argument("--blocks", type=int, help="residual blocks a level")
+    group.add_argument("--attention-level", type=int, help="the level with self-attention, counted from 0")
+    group.add_argument("--dropout", type=float, help="inside the residual blocks")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, help="optimiser steps")
+    group.add_argument("--batch-size", type=int, help="images a step")
+    group.add_argument("--lr", type=float, help="learning rate of Adam after the warm-up")
+    group.add_argument("--warmup", type=int, help="steps over which the rate rises linearly from 0")
+    group.add_argument("--lr-schedule", choices=("constant", "cosine"), help="after the warm-up")
+    group.add_argument("--ema", type=float, help="decay of the averaged weights, which are the ones that sample")
+    group.add_argument("--init-from", metavar="CHECKPOINT", help="start from another run's averaged weights (fine-tuning)")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and labels")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto takes CUDA, then MPS, then the CPU")
+    group.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16; auto: where hardware has it")
+    group.add_argument("--compile", action="store_true", help="torch.compile: faster steps after a minute or more of waiting")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--run-dir", help="default: runs/cbdm-<dataset>-<what differs>-s<seed>")
+    group.add_argument("--sample-every", type=int, help="steps between two sample grids; 0: none")
+    group.add_argument("--save-every", type=int, help="steps between two checkpoints")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-images", type=int, help="samples to score at the end; 0: none")
+    group.add_argument("--eval-only", action="store_true", help="sample from and score the checkpoint, do not train")
+    group.add_argument("--guidance", type=float, help="omega, P §4.1")
+    group.add_argument("--sampler", choices=("ancestral", "ddim"), help="ancestral takes all 1000 steps")
+    group.add_argument("--ddim-steps", type=int, help="steps of DDIM, also for the grids during training")
+    group.add_argument("--ddim-eta", type=float, default=0.0, help="noise of DDIM, 0 is deterministic (P)")
+    group.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
+    group.add_argument("--features", help="inception, inception-fid or classifier:PATH; default: a classifier of the shapes "
+                       "for shapes, inception otherwise")  # fmt: skip
+    group.add_argument("--reference", choices=datasets.SPLITS, default="reference", help="split to compare samples with")
+
+    parser.set_defaults(**table)
+    args = parser.parse_args(argv)
+    check_settings(args)
+    if args.run_dir is None:
+        differs = [f"{k.replace('_', '')}{v}" for k, v in vars(args).items()
+                   if k not in (FREE - {"steps"}) | {"dataset", "seed"} and v != parser.get_default(k)]  # fmt: skip
+        differs = "".join(f"-{d}" for d in differs).replace("/", "_").replace(" ", "")
+        args.run_dir = f"runs/cbdm-{args.dataset.replace('/', '_').replace(':', '_')}{differs}-s{args.seed}"
+    return args
+
+
+def check_settings(a):
+    """Raises InputError for settings that make no sense. (Not `assert`: the person at the keyboard reads these.)"""
+    shrink = 2 ** (len(a.multipliers) - 1)
+    for wrong, message in (
+        (a.steps < 1, f"--steps {a.steps}: at least 1"),
+        (a.batch_size < 1, f"--batch-size {a.batch_size}: at least 1"),
+        (not 0 < a.lr < math.inf, f"--lr {a.lr}: a positive number"),
+        (a.warmup < 0, f"--warmup {a.warmup}: 0 or more"),
+        (not 0 <= a.ema < 1, f"--ema {a.ema}: from 0 to below 1"),
+        (not 0 <= a.tau < math.inf, f"--tau {a.tau}: 0 or more"),
+        (not 0 <= a.gamma < math.inf, f"--gamma {a.gamma}: 0 or more"),
+        (not 0 <= a.drop_rate <= 1, f"--drop-rate {a.drop_rate}: from 0 to 1"),
+        (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: from 0 to below 1"),
+        (a.channels < 32 or a.channels % 32, f"--channels {a.channels}: a multiple of 32 (GroupNorm has 32 groups)"),
+        (min(a.multipliers) < 1, f"--multipliers {a.multipliers}: each at least 1"),
+        (a.blocks < 1, f"--blocks {a.blocks}: at least 1"),
+        (a.image_size % shrink, f"--image-size {a.image_size}: {len(a.multipliers)} levels need a multiple of {shrink}"),
+        (a.sample_every < 0, f"--sample-every {a.sample_every}: 0 or more"),
+        (a.save_every < 1, f"--save-every {a.save_every}: at least 1"),
+        (a.eval_images < 0, f"--eval-images {a.eval_images}: 0 or more"),
+        (not math.isfinite(a.guidance), f"--guidance {a.guidance}: a number"),
+        (not 1 <= a.ddim_steps <= T, f"--ddim-steps {a.ddim_steps}: 1 to {T}"),
+        (not 0 <= a.ddim_eta <= 1, f"--ddim-eta {a.ddim_eta}: 0 to 1"),
+        (a.seed < 0, f"--seed {a.seed}: 0 or more"),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
+def fail(message):
+    raise InputError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's equations
+# ----------------------------------------------------------------------------------------------------------------------
+# x_0      (B, 3, H, W) an image, in [-1, 1]           y, y'   (B,) int64, its class and a random one; NO_LABEL is "None"
+# t        (B,) int64, step 0 .. T-1, on the CPU       h, h'   (B, 3, H, W), eps_theta(x_t, y, t) and eps_theta(x_t, y', t)
+# x_t      (B, 3, H, W), x_0 after t steps of noise    tau     weight of the regulariser; gamma: of its commitment term
+# eps      (B, 3, H, W), the noise in x_t              omega   guidance strength
+# beta_t, alpha_bar_t: noise schedule; index t here is step t + 1 of the paper
+NO_LABEL = -1
+
+T = 1000
+BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # P §4.1
+ALPHA_BAR = torch.cumprod(1 - BETA, dim=0)  # share of the variance of x_t that is still signal: 0.9999 .. 0.00004
+
+
+def q_sample(x_0, t, eps):
+    """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), §3.1."""
+    alpha_bar = ALPHA_BAR[t].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt().to(x_0) * x_0 + (1 - alpha_bar).sqrt().to(x_0) * eps
+
+
+def ddpm_loss(h, eps):
+    """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, as a mean over images and pixels. Scalar."""
+    return (eps - h).square().mean()
+
+
+def regularisers(h, h_prime, t, tau, labelled):
+    """The second half of Eq. 4 (Alg. 1, lines 6 to 10). Returns the scalars (L_r, L_rc):
+
+        L_r  = tau t / |Y| * sum over y' of || h - sg(h') ||^2        moves what the image's own label predicts
+        L_rc = tau t / |Y| * sum over y' of || sg(h) - h' ||^2        moves what the random label predicts ("commitment")
+
+    h (B, C, H, W); h_prime (|Y|, B, C, H, W), one entry for each drawn y'; t (B,); labelled (B,) bool, False where the
+    label was dropped: those images have no regulariser, but count in the mean.
+    sg is the stop-gradient: without it both terms pull h and h' together, and a network that ignores its label minimises
+    them (§3.3). The two have the same value and different gradients; with weight gamma = 1 their sum has the gradient of
+    the plain squared distance, so gamma alone is what the stop-gradients change.
+    """
+    weight = tau * t.to(h) * labelled  # (B,), at most 0.999 with tau = 0.001: weak where x_t is nearly the image
+    distance = lambda a, b: (weight * (a - b).square().mean(dim=(2, 3, 4))).mean()  # noqa: E731
+    return distance(h, h_prime.detach()), distance(h.detach(), h_prime)
+
+
+def label_distribution(counts, label_set):
+    """q*_Y, the distribution of y' (§4.2): (K,) float64 that sums to 1. counts (K,): training images of each class.
+
+    "train" n_c, "bal" uniform, "sqrt" sqrt(n_c). On CIFAR100-LT head and tail differ by 100, 1 and 10.
+    """
+    power = {"train": 1.0, "bal": 0.0, "sqrt": 0.5}[label_set]
+    weight = counts.double() ** power
+    return weight / weight.sum()
+
+
+def guided(eps_y, eps_none, omega):
+    """Classifier-free guidance (§3.1): eps_hat = (1 + omega) eps_theta(x_t, y, t) - omega eps_theta(x_t, t)."""
+    return (1 + omega) * eps_y - omega * eps_none
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+# ----------------------------------------------------------------------------------------------------------------------
+# The U-Net of DDPM (Ho et al. 2020) with a label embedding: 35,797,507 parameters for 100 classes at the paper's size,
+# 12.4 GFLOP for a 32 x 32 image and a forward pass.
+class SelfAttention(nn.Module):
+    """Each pixel attends to each, one head. (B, C, H, W) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # (B, C, HW)
+        # Written out: at 256 pixels it is twice as fast on a CPU as F.scaled_dot_product_attention.
+        attention = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(dim=2)  # (B, HW, HW), rows sum to 1
+        return x + self.out((v @ attention.transpose(1, 2)).view_as(x))
+
+
+class ResidualBlock(nn.Module):
+    """(B, in, H, W) -> (B, out, H, W). The embedding of t and y comes in as a bias for each channel."""
+
+    def __init__(self, in_channels, out_channels, embedding, dropout, attention):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embedding, out_channels)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x, embedding):
+        h = self.conv1(F.silu(self.norm1(x))) + self.embed(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class UNet(nn.Module):
+    """eps_theta. (x_t (B, 3, H, W), t (B,) int64, y (B,) int64 or NO_LABEL) -> predicted noise (B, 3, H, W) float32."""
+
+    def __init__(self, num_classes, channels, multipliers, blocks, attention_level, dropout):
+        super().__init__()
+        # Row t: sin(t f_0), cos(t f_0), sin(t f_1), cos(t f_1), ... with f_i = 10000^(-2i / channels); frozen.
+        angle = torch.arange(T)[:, None] * torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000) / channels))
+        self.register_buffer("time_table", torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1), persistent=False)
+        embedding = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(num_classes, embedding) if num_classes else None
+
+        block = functools.partial(ResidualBlock, embedding=embedding, dropout=dropout)
+        width = channels
+        self.head = nn.Conv2d(3, width, 3, padding=1)
+        self.down, skips = nn.ModuleList(), [width]  # skips: widths of the outputs that the way up will be given
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(block(width, multiplier * channels, attention=level == attention_level))
+                width = multiplier * channels
+                skips.append(width)
+            if level < len(multipliers) - 1:
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        self.middle = nn.ModuleList([block(width, width, attention=True), block(width, width, attention=False)])
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                self.up.append(block(width + skips.pop(), multiplier * channels, attention=level == attention_level))
+                width = multiplier * channels
+            if level > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
+        self.tail = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+        self.initialise()
+
+    def initialise(self):
+        """Xavier-uniform weights, zero biases; each branch that is added to its input starts near zero, and the output."""
+        near_zero = {self.tail[2]}
+        for module in self.modules():
+            near_zero |= {module.conv2} if isinstance(module, ResidualBlock) else set()
+            near_zero |= {module.out} if isinstance(module, SelfAttention) else set()  # C: 1, see the top of the file
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=1e-5 if module in near_zero else 1.0)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y):
+        embedding = self.time(self.time_table[t])
+        if self.label is not None:  # an image without a label has nothing added: there is no "none" row in the table
+            embedding = embedding + self.label(y.clamp(min=0)) * (y != NO_LABEL)[:, None]
+        embedding = F.silu(embedding)  # (B, 4 * channels), as each block wants it
+        x = self.head(x)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, embedding)
+        for layer in self.up:
+            x = layer(torch.cat([x, skips.pop()], 1), embedding) if isinstance(layer, ResidualBlock) else layer(x)
+        return self.tail(x).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+def predict_x_0(x_t, eps_hat, t, clip):
+    """The image in x_t if eps_hat is its noise: the forward process solved for x_0. t: int."""
+    x_0 = (x_t - (1 - ALPHA_BAR[t]).sqrt().item() * eps_hat) / ALPHA_BAR[t].sqrt().item()
+    return x_0.clamp(-1, 1) if clip else x_0
+
+
+def ancestral_step(x_t, eps_hat, t, z, clip=False):
+    """x_{t-1} ~ N(posterior mean of q(x_{t-1} | x_t, x_0 hat), beta_t I); z standard normal. DDPM, Ho et al. 2020, Alg. 2.
+
+    The variance is beta_t ("fixed large"), as in C; the posterior's own would be smaller. No noise in the last step.
+    """
+    beta, alpha_bar = BETA[t].item(), ALPHA_BAR[t].item()
+    alpha_bar_prev = ALPHA_BAR[t - 1].item() if t > 0 else 1.0
+    x_0 = predict_x_0(x_t, eps_hat, t, clip)
+    mean = (alpha_bar_prev**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) * x_t) / (1 - alpha_bar)
+    return mean + beta**0.5 * z if t > 0 else mean
+
+
+def ddim_step(x_t, eps_hat, t, t_prev, z, eta=0.0, clip=False):
+    """x at t_prev (-1: the image itself) from x_t, with t_prev < t. DDIM, Song et al. 2021, Eqs 12 and 16.
+
+    eta = 0 is deterministic; eta = 1 has the variance of the posterior of the forward process.
+    """
+    alpha_bar = ALPHA_BAR[t].item()
+    alpha_bar_prev = ALPHA_BAR[t_prev].item() if t_prev >= 0 else 1.0
+    x_0 = predict_x_0(x_t, eps_hat, t, clip)
+    if clip:
+        eps_hat = (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5  # the noise that belongs to the clipped image
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+    return alpha_bar_prev**0.5 * x_0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps_hat + sigma * z
+
+
+@torch.no_grad()
+def sample(model, y, args, amp, seed, sampler=None, progress=None):
+    """Images (N, 3, H, W) uint8 on the CPU, of the classes y (N,), from noise of this seed.
+
+    model: the averaged network in eval mode. progress: a tqdm bar that is moved on by one image at a time.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = functools.partial(torch.randn, generator=generator, device=device)
+    y = y.to(device)
+    shape = (len(y), 3, args.image_size, args.image_size)
+    deterministic = sampler == "ddim" and args.ddim_eta == 0
+    times = [i * T // args.ddim_steps for i in range(args.ddim_steps)] if sampler == "ddim" else list(range(T))
+
+    x = noise(shape)
+    for i in reversed(range(len(times))):
+        t, t_prev = times[i], times[i - 1] if i > 0 else -1
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            if args.guidance == 0:
+                eps_hat = model(x, torch.full_like(y, t), y)
+            else:  # with and without label in one pass of 2 N
+                twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
+                eps_hat = guided(*model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2), args.guidance)
+        z = torch.zeros(()) if deterministic else noise(shape)
+        if sampler == "ddim":
+            x = ddim_step(x, eps_hat, t, t_prev, z.to(x), args.ddim_eta, args.clip_x0)
+        else:
+            x = ancestral_step(x, eps_hat, t, z, args.clip_x0)
+        if progress is not None:
+            progress.update(len(y) / len(times))
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint and resume
+# ----------------------------------------------------------------------------------------------------------------------
+def rng_state(device):
+    """State of the random number generators that training uses: the CPU's and the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_rng_state(states, device):
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type in states and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(states[device.type].cpu())
+
+
+def load_checkpoint(path, device):
+    """The dictionary that save_checkpoint in main() wrote. Raises InputError, naming the file, if it can't be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+    except Exception as error:  # zip, pickle and file errors alike
+        reason = str(error).splitlines()[0]
+        raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
+
+
+def check_same_run(args, found, run_dir):
+    """Raises InputError, naming the flags, if the run in this directory has other settings."""
+    free = FREE if args.lr_schedule == "constant" else FREE - {"steps"}  # a cosine's length shapes it from the start
+    now = {k: v for k, v in vars(args).items() if k not in free}
+    differs = [f"--{k.replace('_', '-')} {found.get(k)} there, {v} now" for k, v in now.items() if found.get(k) != v]
+    if differs:
+        raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
+
+
+def write_config(path, args, device, amp, parameters):
+    """config.json: every setting, and what the run stands on."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    config = {
+        "settings": vars(args),
+        "commit": git.stdout.strip() or "unknown",
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.processor()}".strip(),
+        "threads": torch.get_num_threads(), "bf16": amp, "parameters": parameters,
+    }  # fmt: skip
+    with atomic_write(path) as file:
+        file.write(json.dumps(config, indent=2).encode())
+
+
+def trim_log(path, step):
+    """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
+LOG_EVERY = 50  # steps
+GRID_ROWS, GRID_COLUMNS = 10, 10  # classes, evenly spaced from head to tail, and samples of each
+SAMPLING_BATCH = {"cuda": 500, "mps": 100, "cpu": 50}  # images at once; twice as many go through the network
+PART_SECONDS = 300  # how often samples of a long evaluation are put on disk
+
+
+def pick_device(name):
+    """ "auto": CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:
+        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def use_bf16(choice, device):
+    """Whether to compute in bfloat16: "auto" is where the hardware multiplies it faster than float32."""
+    if choice != "auto":
+        return choice == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def learning_rate(step, args):
+    """Linear from 0 over the warm-up, then constant (P, C) or half a cosine down to 0 (ours, for short runs)."""
+    if step < args.warmup:
+        return args.lr * step / args.warmup
+    if args.lr_schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def write_grid(path, images, columns):
+    """(N, 3, H, W) uint8 as a PNG, row by row; small images are enlarged to about 64 pixels."""
+    from PIL import Image
+    from torchvision.utils import make_grid  # here: it takes a second to import, and training need not wait for it
+
+    scale = max(1, 64 // images.shape[-1])
+    grid = make_grid(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), nrow=columns, padding=scale)
+    with atomic_write(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
+
+
+def sample_all(path, model, labels, args, amp, step):
+    """Samples of all labels (N,), (N, 3, H, W) uint8; written to `path` as npz, and picked up again if interrupted."""
+    device = next(model.parameters()).device
+    part = path.with_name("samples.part")
+    made_with = [step, len(labels), args.seed, args.guidance, args.sampler, args.ddim_steps, args.ddim_eta, args.clip_x0]
+    chunks, done, saved = labels.split(SAMPLING_BATCH[device.type]), [], time.monotonic()
+    if part.exists():
+        found = load_checkpoint(part, "cpu")
+        done = list(found["images"].split(len(chunks[0]))) if found["made_with"] == made_with else []
+    with tqdm(total=len(labels), initial=sum(map(len, done)), desc="sampling", unit="img", bar_format=BAR) as bar:
+        for i in range(len(done), len(chunks)):
+            # A seed for each chunk, so that a chunk does not depend on those before it.
+            seed = int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0])
+            done.append(sample(model, chunks[i], args, amp, seed, args.sampler, bar))
+            if time.monotonic() - saved > PART_SECONDS:
+                with atomic_write(part) as file:
+                    torch.save({"made_with": made_with, "images": torch.cat(done)}, file)
+                saved = time.monotonic()
+    images = torch.cat(done)
+    with atomic_write(path) as file:
+        np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    part.unlink(missing_ok=True)
+    return images
+
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+
+
+def main(argv=None):
+    args = parse_settings(argv)
+    device = pick_device(args.device)
+    amp = use_bf16(args.amp, device)
+    run_dir = Path(args.run_dir)
+    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho, args.seed)
+    num_classes = len(train.classes)
+
+    # The network that learns, and its moving average, which samples.
+    torch.manual_seed(args.seed)
+    model = UNet(num_classes, args.channels, args.multipliers, args.blocks, args.attention_level, args.dropout).to(device)
+    if args.init_from:
+        source = load_checkpoint(args.init_from, device)["ema"]
+        if source["label.weight"].shape != model.label.weight.shape:  # another data set: its label table is drawn anew
+            source["label.weight"] = model.state_dict()["label.weight"]
+        try:
+            model.load_state_dict(source)
+        except RuntimeError as error:
+            raise InputError(f"--init-from {args.init_from}: a network of another size") from error
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())
+    parameters = sum(w.numel() for w in weights)
+    # Fused: one kernel for all weights (15 ms a step against 68 on two CPU cores).
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=device.type in ("cuda", "cpu"))
+    batches = datasets.Batches(train, args.batch_size, args.resample, flip=True, device=device, seed=args.seed)
+    sums, logged = torch.zeros(4, device=device), 0  # losses and gradient norm since the last line of the log; how many
+    start = 0
+
+    # Resume the run that this directory holds, if it does.
+    checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
+    if checkpoint_file.exists():
+        state = load_checkpoint(checkpoint_file, device)
+        check_same_run(args, state["settings"], run_dir)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        batches.load_state_dict(state["batches"])
+        set_rng_state(state["rng"], device)
+        start, sums, logged = state["step"], state["sums"].to(device), state["logged"]
+    elif args.eval_only:
+        raise InputError(f"--eval-only: there is no checkpoint in {run_dir}")
+    trim_log(log_file, start)
+    write_config(run_dir / "config.json", args, device, amp, parameters)
+    kind = "DDPM" if args.tau == 0 else "CBDM"
+    print(f"{kind} on {args.dataset}: {len(train.labels)} images of {num_classes} classes, {int(train.counts.max())} to "
+          f"{int(train.counts.min())} a class; {parameters:,} parameters; {device}{', bf16' if amp else ''}; {run_dir}"
+          + (f"; resumed at step {start}" if start else ""), flush=True)  # fmt: skip
+
+    net, ema_net = (torch.compile(model), torch.compile(ema)) if args.compile else (model, ema)
+    q_Y = label_distribution(train.counts, args.label_set)
+    B = args.batch_size
+
+    def save_checkpoint(step):
+        if not torch.isfinite(sums).all():
+            raise InputError(f"loss or gradient became {'NaN' if sums.isnan().any() else 'infinite'} shortly before step {step}"
+                             f"; the last good checkpoint is kept ({checkpoint_file}). Try a lower --lr")  # fmt: skip
+        state = dict(step=step, settings=vars(args), model=model.state_dict(), ema=ema.state_dict(), sums=sums, logged=logged,
+                     optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng_state(device))  # fmt: skip
+        with atomic_write(checkpoint_file) as file:
+            torch.save(state, file)
+
+    def draw_grid(step):
+        order = torch.from_numpy(datasets.head_to_tail(train.counts))
+        rows = order[torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()]
+        y = rows.repeat_interleave(GRID_COLUMNS)
+        write_grid(run_dir / "samples" / f"step-{step:07d}.png", sample(ema_net, y, args, amp, args.seed, "ddim"), GRID_COLUMNS)
+
+    # SIGINT (Ctrl-C) and SIGTERM finish the step, save and stop; a second one stops at once.
+    stop = []
+
+    def ask_to_stop(number, _frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if start < args.steps and not args.eval_only:
+        signal.signal(signal.SIGINT, ask_to_stop)
+        signal.signal(signal.SIGTERM, ask_to_stop)
+        model.train()
+        began = time.monotonic()
+        with open(log_file, "a") as log, tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+            for step in range(start, args.steps):
+                # Alg. 1, line 3: an image, its label, a step and noise. t and y' live on the CPU, beside the schedule.
+                x_0, y = next(batches)
+                t = torch.randint(0, T, (B,))
+                eps = torch.randn_like(x_0)
+                x_t = q_sample(x_0, t, eps)
+                # Guidance needs a prediction without label, so some images lose theirs (§3.3).
+                dropped = torch.rand(1 if args.drop_whole_batch else B) < args.drop_rate
+                labelled = ~dropped.expand(B).to(device)
+                y = torch.where(labelled, y, NO_LABEL)
+
+                t_ = t.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    if args.tau == 0:
+                        h = net(x_t, t_, y)
+                        L_r = L_rc = torch.zeros((), device=device)
+                    else:
+                        y_prime = torch.multinomial(q_Y, B, replacement=True).to(device)  # line 6; may equal y
+                        if args.gamma == 0:  # nothing is learnt through h'
+                            h = net(x_t, t_, y)
+                            with torch.no_grad():
+                                h_prime = net(x_t, t_, y_prime)
+                        else:  # both predictions in one pass of 2 B, each with its own dropout mask
+                            h, h_prime = net(torch.cat([x_t, x_t]), torch.cat([t_, t_]), torch.cat([y, y_prime])).chunk(2)
+                        L_r, L_rc = regularisers(h, h_prime[None], t, args.tau, labelled)
+                    L_DM = ddpm_loss(h, eps)
+                loss = L_DM + L_r + args.gamma * L_rc  # Eq. 4
+
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, args)
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # C
+                optimizer.step()
+                # EMA in one call for all weights: ema <- ema + (1 - decay) (weights - ema), from the first step on (C).
+                torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
+
+                sums += torch.stack([L_DM.detach(), L_r.detach(), L_rc.detach(), norm])
+                logged += 1
+                done = step + 1
+                bar.update()
+                if done % LOG_EVERY == 0 or done == args.steps:
+                    means = [v / logged for v in sums.tolist()]
+                    row = dict(zip(("L_DM", "L_r", "L_rc", "gradient_norm"), means, strict=True))
+                    rate = (done - start) / (time.monotonic() - began)
+                    if all(map(math.isfinite, means)):
+                        log.write(json.dumps({"step": done, **row, "lr": learning_rate(step, args),
+                                              "steps_per_second": round(rate, 3), "images": done * B}) + "\n")  # fmt: skip
+                        log.flush()
+                        sums.zero_()
+                        logged = 0
+                    else:
+                        save_checkpoint(done)  # raises
+                    bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items()), refresh=False)
+                if done % args.save_every == 0 or done == args.steps or stop:
+                    save_checkpoint(done)
+                if stop:
+                    bar.close()
+                    print(f"stopped by signal {stop[0]} at step {done}; the same command goes on from {checkpoint_file}")
+                    sys.exit(128 + stop[0])
+                if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+                    draw_grid(done)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        start = args.steps
+        print(f"trained in {time.monotonic() - began:.0f} s", flush=True)
+
+    if args.eval_images:
+        import metrics
+
+        labels = torch.arange(args.eval_images) % num_classes  # balanced to within one image
+        images = sample_all(run_dir / "samples.npz", ema_net, labels.sort().values, args, amp, start)
+        try:
+            result = metrics.evaluate(images, labels.sort().values, args.dataset, args.data_dir, args.features, args.reference,
+                                      args.rho, args.image_size, args.seed, device)  # fmt: skip
+        except InputError as error:  # most often: no weights for the features, and no network to get them
+            print(f"{run_dir / 'samples.npz'} is written but not scored: {error}")
+            return
+        metrics.write_scores(result, run_dir)
+        print(metrics.format_table(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"cbdm.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

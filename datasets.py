@@ -1,0 +1,433 @@
+"""Data for every script here: long-tailed CIFAR, a drawn data set that needs no download, your own folder of images.
+
+    python datasets.py cifar100lt              # prepare a data set, print its counts from head to tail, draw a picture of it
+    python datasets.py shapeslt --rho 50
+
+    train = load("cifar100lt", "data")                      # an ImageSet: images uint8, labels, class names, counts
+    for x, y in Batches(train, batch_size=128): ...         # x float32 in [-1, 1], y class indices; never ends
+
+Names
+    shapes, shapeslt            ten drawn shapes, balanced or long-tailed; no files, about two seconds
+    cifar10, cifar100           Krizhevsky 2009, all 50,000 training images
+    cifar10lt, cifar100lt       exponential tail of Cao et al. 2019 (LDAM, arXiv:1906.07413); --rho, 100 when not given
+    cifar10imb, cifar100imb     the histograms of Softlabel-GAN (Katsumata et al., WACV 2024)
+    folder:PATH                 your own images: PATH/train/<class>/*, and if you have them PATH/test, PATH/reference
+Splits
+    train       what a method learns from
+    reference   the balanced images that scores compare with: the full training set for CIFAR and its long-tailed versions
+                (the protocol of CBDM, CVPR 2023), the test set for cifar*imb (the protocol of Softlabel-GAN)
+    test        held-out images, balanced
+
+CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz (images (N, H, W, 3) uint8, labels (N,) int64,
+classes (K,) str). Afterwards nothing else is read: copy that file to a machine without a network and it works there.
+Every image stays in memory (CIFAR: 150 MB), which makes a batch one indexing operation: no worker processes, no queue.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+NAMES = ("shapes", "shapeslt", "cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb", "folder:PATH")
+SPLITS = ("train", "reference", "test")
+DEFAULT_RHO = 100  # head class / tail class; "imb = 0.01" in Cao et al. 2019 and CBDM, the headline setting of both
+SMALLEST_SIZE, LARGEST_SIZE, LARGEST_SHAPES = 8, 1024, 128  # pixels; shapes: 128 takes minutes and 2 GB already
+
+
+class InputError(Exception):
+    """Something the person at the keyboard can mend. One line: what is wrong, with which file, what to do.
+
+    Scripts catch it, print `<script>: error: <line>` to stderr and exit with status 2.
+    """
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+@dataclasses.dataclass
+class ImageSet:
+    """images (N, 3, H, W) uint8 tensor · labels (N,) int64 tensor in [0, K) · classes: the K names, in label order."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+    @property
+    def counts(self):
+        """(K,) int64 tensor, images per class."""
+        return torch.bincount(self.labels, minlength=len(self.classes))
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file; `path` is replaced by it when the block succeeds, and untouched when the block fails.
+
+    A reader, or a run killed half-way, therefore only ever sees a whole file. np.savez, torch.save and PIL's save take the
+    file object. Raises InputError where the disk refuses.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same directory: os.replace is atomic within a file system
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # gone already when the block succeeded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading by name
+# ----------------------------------------------------------------------------------------------------------------------
+def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
+    """One split of one data set.
+
+    name        one of NAMES
+    data_dir    where the prepared arrays are, and are put (not used for shapes)
+    split       "train", "reference" or "test", see the top of this file. For a folder the reference is PATH/reference
+                if it is there, else PATH/test, else PATH/train
+    image_size  height and width in pixels; native size when None (shapes 16, CIFAR 32, folder 32)
+    rho         imbalance ratio >= 1, images in the head class / in the tail class; for the *lt sets alone (100 when None)
+    seed        which images make up a long-tailed training split. 0 is the subset of Cao et al. 2019 for cifar*lt; another
+                seed is another subset of the same counts. For shapes it seeds the drawing of the training split. Reference
+                and test never depend on it, nor do cifar*imb and folder:, where nothing is drawn by chance.
+    returns     ImageSet
+    raises      InputError
+    """
+    if name not in NAMES[:-1] and not name.startswith("folder:"):
+        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(NAMES)}"
+        raise InputError(f"unknown data set {name!r}; {hint}")
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    long_tailed = name in ("shapeslt", "cifar10lt", "cifar100lt")
+    if rho is not None and not long_tailed:
+        raise InputError(f"{name} has no imbalance ratio to set; rho goes with shapeslt, cifar10lt and cifar100lt")
+    rho = DEFAULT_RHO if rho is None else rho
+    if not (rho >= 1 and math.isfinite(rho)):
+        raise InputError(f"rho is {rho:g}; it is images in the head class / images in the tail class, so 1 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; NumPy takes 0 to 2**32 - 1")
+    shapes = name.startswith("shapes")
+    size = image_size if image_size is not None else (16 if shapes else 32)
+    largest = LARGEST_SHAPES if shapes else LARGEST_SIZE
+    if not SMALLEST_SIZE <= size <= largest:
+        raise InputError(f"image size is {size}; {name} takes {SMALLEST_SIZE} to {largest} pixels")
+
+    if shapes:
+        return draw_shapes(split, size, rho if long_tailed else 1, seed, narrow_hues=long_tailed)
+    if name.startswith("folder:"):
+        return load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
+
+    source = "cifar100" if name.startswith("cifar100") else "cifar10"
+    imbalanced = name.endswith("imb")
+    stored = split if split != "reference" else ("test" if imbalanced else "train")
+    images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
+    if split == "train" and (long_tailed or imbalanced):
+        if long_tailed:
+            counts = long_tailed_counts(len(labels) // len(classes), len(classes), rho)
+            keep = subset(labels, counts, np.random.RandomState(seed))
+        else:
+            keep = subset(labels, softlabel_gan_counts(len(classes)))
+        images, labels = images[keep], labels[keep]
+    return image_set(images, labels, classes)
+
+
+def image_set(images, labels, classes):
+    """Prepared arrays (images (N, H, W, 3) uint8) as an ImageSet (N, 3, H, W)."""
+    return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), list(classes))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How many images of each class, and which
+# ----------------------------------------------------------------------------------------------------------------------
+def long_tailed_counts(n_max, num_classes, rho):
+    """n_c = floor(n_max * (1/rho)^(c / (K - 1))), c = 0 .. K-1: (K,) int64, from n_max down to n_max / rho.
+
+    Cao et al. 2019, get_img_num_per_cls of LDAM-DRW (`int()`, so rounded down). Class 0 is the head.
+    """
+    counts = np.array([int(n_max * (1 / rho) ** (c / (num_classes - 1))) for c in range(num_classes)])
+    if counts.min() < 1:
+        raise InputError(f"rho {rho:g} leaves the last class no image: its head class has {n_max}, so rho is at most {n_max}")
+    return counts
+
+
+def softlabel_gan_counts(num_classes):
+    """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class) or CIFAR-100 (2993 images, 6 to 36 a class).
+
+    Softlabel-GAN, official datasets.py: 5000 draws from a log-normal(s=3) for 10 classes, a chi-squared(df=3) for 100, as a
+    histogram of K equal bins on [0, 3], each rounded down; then a fixed permutation of the classes.
+    """
+    import scipy.stats  # here, because it takes a second to import and only these two sets need it
+
+    law = scipy.stats.lognorm(s=3) if num_classes == 10 else scipy.stats.chi2(df=3)
+    bins = 5000 * np.diff(law.cdf(np.linspace(0, 3, num_classes + 1)))
+    return np.floor(bins).astype(np.int64)[np.random.RandomState(15).permutation(num_classes)]
+
+
+def subset(labels, counts, random_state=None):
+    """Indices of counts[c] images of each class c, class after class.
+
+    With a random state: class by class, shuffle the indices of the class (file order) and keep the first n_c. With
+    np.random.RandomState(0) these are the images of Cao et al. 2019, whose code seeds the global generator with 0 and does
+    the same. Without: the first n_c in file order, as Softlabel-GAN does.
+    """
+    keep = []
+    for c, n_c in enumerate(counts):
+        of_class = np.where(labels == c)[0]
+        if len(of_class) < n_c:
+            raise InputError(f"{n_c} images of class {c} are needed and the prepared file has {len(of_class)}; is it whole?")
+        if random_state is not None:
+            random_state.shuffle(of_class)
+        keep.append(of_class[:n_c])
+    return np.concatenate(keep)
+
+
+def head_to_tail(counts):
+    """Class indices from most to fewest images, (K,) int64 array; equal counts stay in label order."""
+    return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
+
+
+def thirds(counts):
+    """{"head": indices, "middle": indices, "tail": indices}: head_to_tail cut in three (34 + 33 + 33 for 100 classes)."""
+    return dict(zip(("head", "middle", "tail"), np.array_split(head_to_tail(counts), 3), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prepared arrays
+# ----------------------------------------------------------------------------------------------------------------------
+def read_prepared(path, size):
+    """images (N, size, size, 3) uint8, labels (N,) int64, classes (K,) str, fingerprint str ("" for CIFAR).
+
+    Raises InputError for a file that is cut short, damaged, or holds something else. allow_pickle=False: a data file from
+    somewhere else must not be able to run code.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels, classes = file["images"], file["labels"], file["classes"]
+            fingerprint = str(file["fingerprint"]) if "fingerprint" in file else ""
+    except MemoryError:
+        raise
+    except Exception as error:  # zip, zlib, NumPy's header and pickle checks: each has its own exceptions
+        raise InputError(f"{path} is damaged ({error}); delete it or put a good copy there, and run again") from error
+    wrong = None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        wrong = f"images are {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3)"
+    elif labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+        wrong = f"labels are {labels.dtype} {labels.shape}, not int64 ({len(images)},)"
+    elif classes.dtype.kind != "U" or classes.ndim != 1:
+        wrong = f"classes are {classes.dtype} {classes.shape}, not a list of names"
+    elif len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        wrong = f"labels do not lie in 0 .. {len(classes) - 1}" if len(labels) else "it holds no images"
+    if wrong:
+        raise InputError(f"{path} is not what it should be ({wrong}); delete it or put a good copy there, and run again")
+    return images, labels, classes, fingerprint
+
+
+def resize(image, size):
+    """A PIL image, centre-cropped to a square, as (size, size, 3) uint8.
+
+    Bicubic with PIL's antialiasing: resizing without it shifts FID by several points (Parmar et al. 2022, clean-fid).
+    """
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+
+
+def load_cifar(source, data_dir, split, size):
+    """images (N, size, size, 3), labels, classes of "cifar10" or "cifar100"; split "train" or "test"."""
+    path = data_dir / f"{source}-{split}-{size}.npz"
+    if not path.exists():
+        if size == 32:
+            images, labels, classes = download_cifar(source, data_dir, split, path)
+        else:
+            small, labels, classes = load_cifar(source, data_dir, split, 32)
+            images = np.stack([resize(Image.fromarray(x), size) for x in tqdm(small, f"resizing {source} {split}")])
+        with atomic_write(path) as file:
+            np.savez(file, images=images, labels=labels, classes=classes)
+    return read_prepared(path, size)[:3]
+
+
+def download_cifar(source, data_dir, split, path):
+    """CIFAR through torchvision, which checks the MD5 sum and does not download what is there already."""
+    import torchvision  # here, because a prepared set does not need it
+
+    dataset = torchvision.datasets.CIFAR100 if source == "cifar100" else torchvision.datasets.CIFAR10
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the data directory {data_dir}: {error}") from error
+    try:
+        loaded = dataset(root=str(data_dir), train=split == "train", download=True)
+    except Exception as error:  # urllib, http, tarfile and torchvision each raise their own
+        raise InputError(
+            f"cannot get {source} ({error}); copy {dataset.filename} (from {dataset.url}) or a prepared {path.name} "
+            f"into {data_dir} and run again"
+        ) from error
+    return loaded.data, np.array(loaded.targets, dtype=np.int64), np.array(loaded.classes)
+
+
+def load_folder(where, data_dir, split, size):
+    raise InputError("folder: is not built yet")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes: a data set that needs no download
+# ----------------------------------------------------------------------------------------------------------------------
+def star(x, y, points=5, inner=0.45):
+    """Inside a star with its tips on the unit circle and its notches at radius `inner`."""
+    sector = np.pi / points
+    angle = np.abs((np.arctan2(x, y) + sector) % (2 * sector) - sector)  # 0 at a tip, `sector` at a notch
+    radius = np.hypot(x, y)
+    edge_x, edge_y = inner * math.cos(sector) - 1, inner * math.sin(sector)  # from the tip (1, 0) to the notch
+    return edge_x * radius * np.sin(angle) - edge_y * (radius * np.cos(angle) - 1) > 0
+
+
+def heart(x, y):
+    """Inside the curve (u^2 + v^2 - 1)^3 = u^2 v^3, shrunk into the unit disc."""
+    u, v = 1.2 * x, 1.2 * y + 0.12
+    body = u * u + v * v - 1
+    return body * body * body < u * u * v * v * v
+
+
+# Head to tail. Each function takes coordinates in the frame of the shape (x right, y up) and says which points are inside;
+# all of them lie in the unit disc, so that the largest scale and offset together (.75 + .2) stay within the picture.
+SHAPES = {
+    "disc": lambda x, y: x * x + y * y < 0.85**2,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.7,
+    "triangle": lambda x, y: (y > -0.5) & (math.sqrt(3) * np.abs(x) + y < 1),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.76) < 0.22,
+    "plus": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.27) & (np.maximum(np.abs(x), np.abs(y)) < 0.95),
+    "star": star,
+    "heart": heart,
+    "crescent": lambda x, y: (x * x + y * y < 0.95**2) & ((x - 0.5) ** 2 + y * y > 0.75**2),
+    "hbars": lambda x, y: (np.abs(x) < 0.7) & (np.abs(np.abs(y) - 0.48) < 0.22),
+    "vbars": lambda x, y: (np.abs(y) < 0.7) & (np.abs(np.abs(x) - 0.48) < 0.22),
+}
+SHAPES_PER_CLASS = {"train": 1000, "reference": 400, "test": 200}
+
+
+def draw_shapes(split, size, rho, seed, narrow_hues):
+    """Ten classes of one coloured shape on a grey ground, (N, 3, size, size).
+
+    Ours, so that a first look needs no download. Colour, ground, place, scale and rotation have nothing to do with the class,
+    with one exception: with narrow_hues, the hues of the *training* images of class c come from an arc that narrows linearly
+    from the full circle (head) to a quarter of it (tail). A tail class therefore lacks not only images but variety, which a
+    method that shares knowledge between classes can bring back; the reference split has every hue in every class.
+    """
+    train = split == "train"
+    counts = long_tailed_counts(SHAPES_PER_CLASS[split], len(SHAPES), rho if train else 1)
+    images = []
+    for c, (inside, n_c) in enumerate(zip(SHAPES.values(), counts, strict=True)):
+        # A stream of its own for each class and split: other counts give more or fewer of the same images.
+        # RandomState rather than default_rng because NumPy promises that its streams never change.
+        random_state = np.random.RandomState([SPLITS.index(split), c, seed if train else 0])
+        arc = 1 - 0.75 * c / (len(SHAPES) - 1) if narrow_hues and train else 1.0
+        images.append(draw_shape(inside, random_state.rand(n_c, 8), size, arc, c * (math.sqrt(5) - 1) / 2))
+    labels = torch.from_numpy(np.repeat(np.arange(len(SHAPES)), counts))
+    return ImageSet(torch.from_numpy(np.concatenate(images)), labels, list(SHAPES))
+
+
+def draw_shape(inside, u, size, arc, middle, supersampling=4, block=64):
+    """(n, 3, size, size) uint8 from u (n, 8) uniform in [0, 1).
+
+    arc, middle: width and middle of the range of hues, in turns of the colour circle. CHOICE: the middles go round in steps
+    of the golden section, so that the narrow arcs of the tail classes are spread over the circle.
+    block: images at a time, so that the temporary arrays stay in the processor's cache.
+    """
+    hue = middle + arc * (u[:, 0] - 0.5)
+    saturation, value, ground = 0.75 + 0.25 * u[:, 1], 0.85 + 0.15 * u[:, 2], 0.5 * u[:, 3]
+    # HSV to RGB: channel = value * (1 - saturation * clip(min(k, 4 - k), 0, 1)), k = (n + 6 hue) mod 6, n = 5, 3, 1
+    k = (np.array([5, 3, 1]) + 6 * hue[:, None]) % 6
+    colour = value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))  # (n, 3)
+
+    # Positions of the sub-pixels; the picture is [-1, 1] x [-1, 1], so lengths are in half widths.
+    fine = size * supersampling
+    axis = ((np.arange(fine) + 0.5) / fine * 2 - 1).astype(np.float32)
+    scale = 0.5 + 0.25 * u[:, 4]
+    angle = np.deg2rad(20) * (2 * u[:, 5] - 1)
+    centre_x, centre_y = 0.2 * (2 * u[:, 6] - 1), 0.2 * (2 * u[:, 7] - 1)
+    images = np.empty((len(u), 3, size, size), np.uint8)
+    for start in range(0, len(u), block):
+        b = slice(start, start + block)
+        cos, sin = ((f(angle[b]) / scale[b]).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+        x = axis[None, None, :] - centre_x[b, None, None].astype(np.float32)  # right
+        y = -axis[None, :, None] - centre_y[b, None, None].astype(np.float32)  # up
+        covered = inside(cos * x + sin * y, cos * y - sin * x)  # (b, fine, fine) bool, in the frame of the shape
+        covered = covered.reshape(-1, size, supersampling, size, supersampling).mean(axis=(2, 4))[:, None]
+        grey = ground[b, None, None, None]
+        images[b] = np.rint(255 * (grey + covered * (colour[b, :, None, None] - grey)))
+    return images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------------
+class Batches:
+    """Endless iterator over (x, y): x (B, 3, H, W) float32 in [-1, 1], y (B,) int64, both on `device`.
+
+    classes  "data"     each image once an epoch, epochs joined without a gap (a batch may hold the end of one and the
+                        beginning of the next, so every batch is full): a class comes up in proportion to n_c
+             "uniform"  class uniform, then an image of it uniform, with replacement: "RS" in CBDM
+             "sqrt"     class in proportion to sqrt(n_c), the image likewise: "RS-SQRT" in CBDM
+    flip     mirror each image left to right with probability 1/2
+
+    Every random number comes from one generator on the CPU, so the order is the same on every device, and a stream that
+    goes on from state_dict() is bit for bit the stream that was never stopped.
+    """
+
+    def __init__(self, image_set, batch_size, classes="data", flip=False, device="cpu", seed=0):
+        counts = image_set.counts
+        if classes not in ("data", "uniform", "sqrt"):
+            raise ValueError(f'classes is {classes!r}; it is "data", "uniform" or "sqrt"')
+        if batch_size < 1 or len(image_set.labels) == 0:
+            raise ValueError(f"batch_size is {batch_size}, the set has {len(image_set.labels)} images; both are at least 1")
+        if classes != "data" and counts.min() < 1:
+            raise ValueError(f"class {int(counts.argmin())} has no image to draw")
+        self.images, self.labels = image_set.images.to(device), image_set.labels.to(device)
+        self.batch_size, self.classes, self.flip = batch_size, classes, flip
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64)  # what is left of this epoch ("data")
+        self.by_class = torch.argsort(image_set.labels, stable=True)  # class c at first[c] .. first[c] + counts[c]
+        self.counts, self.first = counts, counts.cumsum(0) - counts
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.classes == "data":
+            while len(self.order) < self.batch_size:  # more than once where the batch is larger than the set
+                self.order = torch.cat([self.order, torch.randperm(len(self.labels), generator=self.generator)])
+            index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        else:
+            weight = self.counts.double().pow(0.0 if self.classes == "uniform" else 0.5)
+            c = torch.multinomial(weight, self.batch_size, replacement=True, generator=self.generator)
+            within = torch.rand(self.batch_size, dtype=torch.float64, generator=self.generator) * self.counts[c]
+            index = self.by_class[self.first[c] + within.long()]
+        index = index.to(self.images.device)
+        x, y = self.images[index], self.labels[index]
+        if self.flip:
+            mirrored = (torch.rand(self.batch_size, generator=self.generator) < 0.5).to(x.device)
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return x.float() / 127.5 - 1, y
+
+    def state_dict(self):
+        """Where the stream stands: tensors alone, so that torch.load(weights_only=True) reads it."""
+        return {"generator": self.generator.get_state(), "order": self.order.clone()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"].cpu())  # .cpu(): torch.load may have mapped it to the GPU
+        self.order = state["order"].cpu()
