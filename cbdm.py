@@ -59,11 +59,12 @@ CIFAR100LT = dict(
     lr=2e-4, warmup=5_000, lr_schedule="constant",  # P §4.1, C
     ema=0.9999, dropout=0.1,  # C
     channels=128, multipliers=[1, 2, 2, 2], blocks=2, attention_level=1,  # C, the U-Net of DDPM
+    prediction="eps", noise_schedule="linear",  # P §3.1, §4.1
     guidance=1.6,  # P §4.1, read in the order of Table 1; C's README says 1.6 too
     sampler="ancestral", ddim_steps=100, clip_x0=False,  # C; DDIM: P Table 6
     eval_images=50_000,  # P §4.1
     sample_every=10_000, save_every=2_000,
-)  # fmt: skip
+)
 BALANCED = CIFAR100LT | dict(steps=800_000, batch_size=128, guidance=0.8)  # C, config files; P §4.1
 DATASETS = {
     "cifar100lt": CIFAR100LT,
@@ -72,18 +73,18 @@ DATASETS = {
     "cifar10": BALANCED,
     # Ours: sized for two CPU cores and a few minutes.
     "shapeslt": CIFAR100LT | dict(
-        image_size=16, steps=1200, batch_size=32, lr=1e-3, warmup=100, lr_schedule="cosine", ema=0.99, dropout=0.0,
-        channels=32, multipliers=[1, 2, 2], blocks=1, attention_level=2,
-        guidance=1.0, sampler="ddim", ddim_steps=25, clip_x0=True,
-        eval_images=500, sample_every=400, save_every=200,
+        image_size=16, steps=2000, batch_size=32, lr=3e-3, warmup=100, lr_schedule="cosine", ema=0.995, dropout=0.0,
+        channels=32, multipliers=[1, 2, 2], blocks=1, attention_level=2, prediction="v", noise_schedule="cosine",
+        guidance=3.0, sampler="ddim", ddim_steps=25, clip_x0=True,
+        eval_images=500, sample_every=500, save_every=250,
     ),
-}  # fmt: skip
+}
 DATASETS["shapes"] = DATASETS["shapeslt"]
-DDPM_GUIDANCE = {"cifar100lt": 0.8}  # C, README: the baseline's own best; P tunes omega for each model
+DDPM_GUIDANCE = {"cifar100lt": 0.8, "shapeslt": 1.0}  # C, README; ours. P tunes omega for each model
 
 # May differ between two commands on one run directory: they leave the weights as they are.
 FREE = {"data_dir", "run_dir", "device", "steps", "sample_every", "save_every", "eval_images", "eval_only", "features",
-        "reference", "guidance", "sampler", "ddim_steps", "ddim_eta", "clip_x0"}  # fmt: skip
+        "reference", "guidance", "sampler", "ddim_steps", "ddim_eta", "clip_x0"}
 
 
 def parse_settings(argv=None):
@@ -100,7 +101,7 @@ def parse_settings(argv=None):
     parser = argparse.ArgumentParser(
         description="Class-Balancing Diffusion Models. Defaults shown are those of --dataset " + first.dataset,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.error = fail
 
     group = parser.add_argument_group("data")
@@ -116,10 +117,12 @@ def parse_settings(argv=None):
     group.add_argument("--gamma", type=float, default=0.25, help="weight of the commitment term, P §3.3")
     group.add_argument("--label-set", choices=("train", "bal", "sqrt"), default="train", help="where y' comes from, Table 2")
     group.add_argument("--drop-rate", type=float, default=0.1, help="share of images without a label, P §3.3")
+    group.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts; v: ours, for short runs")
+    group.add_argument("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1")
     group.add_argument("--drop-whole-batch", action="store_true", help="drop the labels of whole batches, C")
 
     group = parser.add_argument_group("network")
-    group.add_argument("--channels", type=int, help="width of the first level, a multiple of 32")
+    group.add_argument("--channels", type=int, help="width of the first level")
     group.add_argument("--multipliers", type=int, nargs="+", help="width of each level, in units of --channels")
     group.add_argument("--blocks", type=int, help="residual blocks a level")
     group.add_argument("--attention-level", type=int, help="the level with self-attention, counted from 0")
@@ -154,7 +157,7 @@ def parse_settings(argv=None):
     group.add_argument("--ddim-eta", type=float, default=0.0, help="noise of DDIM, 0 is deterministic (P)")
     group.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
     group.add_argument("--features", help="inception, inception-fid or classifier:PATH; default: a classifier of the shapes "
-                       "for shapes, inception otherwise")  # fmt: skip
+                       "for shapes, inception otherwise")
     group.add_argument("--reference", choices=datasets.SPLITS, default="reference", help="split to compare samples with")
 
     parser.set_defaults(**table)
@@ -162,7 +165,7 @@ def parse_settings(argv=None):
     check_settings(args)
     if args.run_dir is None:
         differs = [f"{k.replace('_', '')}{v}" for k, v in vars(args).items()
-                   if k not in (FREE - {"steps"}) | {"dataset", "seed"} and v != parser.get_default(k)]  # fmt: skip
+                   if k not in (FREE - {"steps"}) | {"dataset", "seed"} and v != parser.get_default(k)]
         differs = "".join(f"-{d}" for d in differs).replace("/", "_").replace(" ", "")
         args.run_dir = f"runs/cbdm-{args.dataset.replace('/', '_').replace(':', '_')}{differs}-s{args.seed}"
     return args
@@ -181,7 +184,7 @@ def check_settings(a):
         (not 0 <= a.gamma < math.inf, f"--gamma {a.gamma}: 0 or more"),
         (not 0 <= a.drop_rate <= 1, f"--drop-rate {a.drop_rate}: from 0 to 1"),
         (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: from 0 to below 1"),
-        (a.channels < 32 or a.channels % 32, f"--channels {a.channels}: a multiple of 32 (GroupNorm has 32 groups)"),
+        (a.channels < 4 or a.channels % 4, f"--channels {a.channels}: a multiple of 4 (the size of a group in GroupNorm)"),
         (min(a.multipliers) < 1, f"--multipliers {a.multipliers}: each at least 1"),
         (a.blocks < 1, f"--blocks {a.blocks}: at least 1"),
         (a.image_size % shrink, f"--image-size {a.image_size}: {len(a.multipliers)} levels need a multiple of {shrink}"),
@@ -212,14 +215,44 @@ def fail(message):
 NO_LABEL = -1
 
 T = 1000
-BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)  # P §4.1
-ALPHA_BAR = torch.cumprod(1 - BETA, dim=0)  # share of the variance of x_t that is still signal: 0.9999 .. 0.00004
 
 
-def q_sample(x_0, t, eps):
+def noise_schedule(kind):
+    """alpha_bar (T,) float64: the share of the variance of x_t that is still signal.
+
+    "linear": beta_t from 1e-4 to 0.02, P §4.1; alpha_bar falls from 0.9999 to 0.00004.
+    "cosine": Nichol & Dhariwal 2021, Eq. 17, for the shapes data (CHOICE: see --prediction).
+    """
+    if kind == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    else:
+        f = torch.cos((torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, dim=0)
+
+
+LINEAR = noise_schedule("linear")
+
+
+def q_sample(x_0, t, eps, alpha_bar=LINEAR):
     """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), §3.1."""
-    alpha_bar = ALPHA_BAR[t].view(-1, 1, 1, 1)
-    return alpha_bar.sqrt().to(x_0) * x_0 + (1 - alpha_bar).sqrt().to(x_0) * eps
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt().to(x_0) * x_0 + (1 - a).sqrt().to(x_0) * eps
+
+
+def velocity(x_0, t, eps, alpha_bar):
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, what the network learns instead of eps with --prediction v.
+
+    Salimans & Ho 2022. Not in the paper: at pure noise an error in eps is multiplied by 1 / sqrt(alpha_bar), up to 157, on
+    its way to x_0, and a network that trains for minutes never becomes that exact. v has no such factor.
+    """
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt().to(x_0) * eps - (1 - a).sqrt().to(x_0) * x_0
+
+
+def eps_of_velocity(v, x_t, t, alpha_bar):
+    """The noise that belongs to a predicted velocity. t: int."""
+    return (1 - alpha_bar[t]).sqrt().item() * x_t + alpha_bar[t].sqrt().item() * v
 
 
 def ddpm_loss(h, eps):
@@ -267,9 +300,9 @@ def guided(eps_y, eps_none, omega):
 class SelfAttention(nn.Module):
     """Each pixel attends to each, one head. (B, C, H, W) -> the same."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -283,14 +316,14 @@ class SelfAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """(B, in, H, W) -> (B, out, H, W). The embedding of t and y comes in as a bias for each channel."""
 
-    def __init__(self, in_channels, out_channels, embedding, dropout, attention):
+    def __init__(self, in_channels, out_channels, embedding, dropout, groups, attention):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, out_channels)
-        self.norm2, self.conv2 = nn.GroupNorm(32, out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+        self.attention = SelfAttention(out_channels, groups) if attention else nn.Identity()
 
     def forward(self, x, embedding):
         h = self.conv1(F.silu(self.norm1(x))) + self.embed(embedding)[:, :, None, None]
@@ -310,7 +343,10 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(num_classes, embedding) if num_classes else None
 
-        block = functools.partial(ResidualBlock, embedding=embedding, dropout=dropout)
+        # 4 channels a group at the first level: the 32 groups of DDPM at 128 channels. 32 groups of a 32-channel network would
+        # be one channel each, and normalising each channel by itself removes the overall colour of an image.
+        groups = channels // 4
+        block = functools.partial(ResidualBlock, embedding=embedding, dropout=dropout, groups=groups)
         width = channels
         self.head = nn.Conv2d(3, width, 3, padding=1)
         self.down, skips = nn.ModuleList(), [width]  # skips: widths of the outputs that the way up will be given
@@ -330,7 +366,7 @@ class UNet(nn.Module):
                 width = multiplier * channels
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        self.tail = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+        self.tail = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
         self.initialise()
 
     def initialise(self):
@@ -349,51 +385,50 @@ class UNet(nn.Module):
         if self.label is not None:  # an image without a label has nothing added: there is no "none" row in the table
             embedding = embedding + self.label(y.clamp(min=0)) * (y != NO_LABEL)[:, None]
         embedding = F.silu(embedding)  # (B, 4 * channels), as each block wants it
-        x = self.head(x)
-        skips = [x]
+        h = self.head(x)
+        skips = [h]
         for layer in self.down:
-            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
-            skips.append(x)
+            h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+            skips.append(h)
         for layer in self.middle:
-            x = layer(x, embedding)
+            h = layer(h, embedding)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 1), embedding) if isinstance(layer, ResidualBlock) else layer(x)
-        return self.tail(x).float()
+            h = layer(torch.cat([h, skips.pop()], 1), embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        return self.tail(h).to(x.dtype)  # float32 also under autocast
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ----------------------------------------------------------------------------------------------------------------------
-def predict_x_0(x_t, eps_hat, t, clip):
+def predict_x_0(x_t, eps_hat, t, clip, alpha_bar=LINEAR):
     """The image in x_t if eps_hat is its noise: the forward process solved for x_0. t: int."""
-    x_0 = (x_t - (1 - ALPHA_BAR[t]).sqrt().item() * eps_hat) / ALPHA_BAR[t].sqrt().item()
+    x_0 = (x_t - (1 - alpha_bar[t]).sqrt().item() * eps_hat) / alpha_bar[t].sqrt().item()
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def ancestral_step(x_t, eps_hat, t, z, clip=False):
-    """x_{t-1} ~ N(posterior mean of q(x_{t-1} | x_t, x_0 hat), beta_t I); z standard normal. DDPM, Ho et al. 2020, Alg. 2.
+def ancestral_step(x_t, eps_hat, t, z, clip=False, alpha_bar=LINEAR):
+    """x_{t-1} ~ N(mean of q(x_{t-1} | x_t, predicted x_0), beta_t I); z standard normal. Ho et al. 2020, Alg. 2.
 
     The variance is beta_t ("fixed large"), as in C; the posterior's own would be smaller. No noise in the last step.
     """
-    beta, alpha_bar = BETA[t].item(), ALPHA_BAR[t].item()
-    alpha_bar_prev = ALPHA_BAR[t - 1].item() if t > 0 else 1.0
-    x_0 = predict_x_0(x_t, eps_hat, t, clip)
-    mean = (alpha_bar_prev**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) * x_t) / (1 - alpha_bar)
-    return mean + beta**0.5 * z if t > 0 else mean
+    a, a_prev = alpha_bar[t].item(), alpha_bar[t - 1].item() if t > 0 else 1.0
+    alpha = a / a_prev  # 1 - beta_t
+    x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
+    mean = (a_prev**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - a_prev) * x_t) / (1 - a)
+    return mean + (1 - alpha) ** 0.5 * z if t > 0 else mean
 
 
-def ddim_step(x_t, eps_hat, t, t_prev, z, eta=0.0, clip=False):
+def ddim_step(x_t, eps_hat, t, t_prev, z, eta=0.0, clip=False, alpha_bar=LINEAR):
     """x at t_prev (-1: the image itself) from x_t, with t_prev < t. DDIM, Song et al. 2021, Eqs 12 and 16.
 
     eta = 0 is deterministic; eta = 1 has the variance of the posterior of the forward process.
     """
-    alpha_bar = ALPHA_BAR[t].item()
-    alpha_bar_prev = ALPHA_BAR[t_prev].item() if t_prev >= 0 else 1.0
-    x_0 = predict_x_0(x_t, eps_hat, t, clip)
+    a, a_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+    x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
     if clip:
-        eps_hat = (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5  # the noise that belongs to the clipped image
-    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
-    return alpha_bar_prev**0.5 * x_0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps_hat + sigma * z
+        eps_hat = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5  # the noise that belongs to the clipped image
+    sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
+    return a_prev**0.5 * x_0 + (1 - a_prev - sigma**2) ** 0.5 * eps_hat + sigma * z
 
 
 @torch.no_grad()
@@ -403,6 +438,7 @@ def sample(model, y, args, amp, seed, sampler=None, progress=None):
     model: the averaged network in eval mode. progress: a tqdm bar that is moved on by one image at a time.
     """
     device = next(model.parameters()).device
+    alpha_bar = noise_schedule(args.noise_schedule)
     generator = torch.Generator(device).manual_seed(seed)
     noise = functools.partial(torch.randn, generator=generator, device=device)
     y = y.to(device)
@@ -419,11 +455,13 @@ def sample(model, y, args, amp, seed, sampler=None, progress=None):
             else:  # with and without label in one pass of 2 N
                 twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
                 eps_hat = guided(*model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2), args.guidance)
-        z = torch.zeros(()) if deterministic else noise(shape)
+        if args.prediction == "v":
+            eps_hat = eps_of_velocity(eps_hat, x, t, alpha_bar)
+        z = 0.0 if deterministic else noise(shape)
         if sampler == "ddim":
-            x = ddim_step(x, eps_hat, t, t_prev, z.to(x), args.ddim_eta, args.clip_x0)
+            x = ddim_step(x, eps_hat, t, t_prev, z, args.ddim_eta, args.clip_x0, alpha_bar)
         else:
-            x = ancestral_step(x, eps_hat, t, z, args.clip_x0)
+            x = ancestral_step(x, eps_hat, t, z, args.clip_x0, alpha_bar)
         if progress is not None:
             progress.update(len(y) / len(times))
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
@@ -473,7 +511,7 @@ def write_config(path, args, device, amp, parameters):
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.processor()}".strip(),
         "threads": torch.get_num_threads(), "bf16": amp, "parameters": parameters,
-    }  # fmt: skip
+    }
     with atomic_write(path) as file:
         file.write(json.dumps(config, indent=2).encode())
 
@@ -609,18 +647,19 @@ def main(argv=None):
     kind = "DDPM" if args.tau == 0 else "CBDM"
     print(f"{kind} on {args.dataset}: {len(train.labels)} images of {num_classes} classes, {int(train.counts.max())} to "
           f"{int(train.counts.min())} a class; {parameters:,} parameters; {device}{', bf16' if amp else ''}; {run_dir}"
-          + (f"; resumed at step {start}" if start else ""), flush=True)  # fmt: skip
+          + (f"; resumed at step {start}" if start else ""), flush=True)
 
     net, ema_net = (torch.compile(model), torch.compile(ema)) if args.compile else (model, ema)
     q_Y = label_distribution(train.counts, args.label_set)
+    alpha_bar = noise_schedule(args.noise_schedule)
     B = args.batch_size
 
     def save_checkpoint(step):
         if not torch.isfinite(sums).all():
             raise InputError(f"loss or gradient became {'NaN' if sums.isnan().any() else 'infinite'} shortly before step {step}"
-                             f"; the last good checkpoint is kept ({checkpoint_file}). Try a lower --lr")  # fmt: skip
+                             f"; the last good checkpoint is kept ({checkpoint_file}). Try a lower --lr")
         state = dict(step=step, settings=vars(args), model=model.state_dict(), ema=ema.state_dict(), sums=sums, logged=logged,
-                     optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng_state(device))  # fmt: skip
+                     optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng_state(device))
         with atomic_write(checkpoint_file) as file:
             torch.save(state, file)
 
@@ -649,7 +688,8 @@ def main(argv=None):
                 x_0, y = next(batches)
                 t = torch.randint(0, T, (B,))
                 eps = torch.randn_like(x_0)
-                x_t = q_sample(x_0, t, eps)
+                x_t = q_sample(x_0, t, eps, alpha_bar)
+                target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
                 # Guidance needs a prediction without label, so some images lose theirs (§3.3).
                 dropped = torch.rand(1 if args.drop_whole_batch else B) < args.drop_rate
                 labelled = ~dropped.expand(B).to(device)
@@ -669,7 +709,7 @@ def main(argv=None):
                         else:  # both predictions in one pass of 2 B, each with its own dropout mask
                             h, h_prime = net(torch.cat([x_t, x_t]), torch.cat([t_, t_]), torch.cat([y, y_prime])).chunk(2)
                         L_r, L_rc = regularisers(h, h_prime[None], t, args.tau, labelled)
-                    L_DM = ddpm_loss(h, eps)
+                    L_DM = ddpm_loss(h, target)
                 loss = L_DM + L_r + args.gamma * L_rc  # Eq. 4
 
                 for group in optimizer.param_groups:
@@ -691,7 +731,7 @@ def main(argv=None):
                     rate = (done - start) / (time.monotonic() - began)
                     if all(map(math.isfinite, means)):
                         log.write(json.dumps({"step": done, **row, "lr": learning_rate(step, args),
-                                              "steps_per_second": round(rate, 3), "images": done * B}) + "\n")  # fmt: skip
+                                              "steps_per_second": round(rate, 3), "images": done * B}) + "\n")
                         log.flush()
                         sums.zero_()
                         logged = 0
@@ -718,7 +758,7 @@ def main(argv=None):
         images = sample_all(run_dir / "samples.npz", ema_net, labels.sort().values, args, amp, start)
         try:
             result = metrics.evaluate(images, labels.sort().values, args.dataset, args.data_dir, args.features, args.reference,
-                                      args.rho, args.image_size, args.seed, device)  # fmt: skip
+                                      args.rho, args.image_size, args.seed, device)
         except InputError as error:  # most often: no weights for the features, and no network to get them
             print(f"{run_dir / 'samples.npz'} is written but not scored: {error}")
             return

@@ -13,7 +13,8 @@ returns a frozen network that takes images in [-1, 1]. Subtracting the mean and 
 network's own business, so that no caller can forget it (the official CBGAN code hands images in [-1, 1] to a network
 whose public training code uses CIFAR's statistics).
 
-Cost: @COST@
+Cost, on two cores of an AMD EPYC: shapes 12 to 17 s, for 99.5 % or more of the test images. At CIFAR's size a step of
+128 images takes 0.26 s in bfloat16 and 0.40 s in float32, so an epoch of cifar10lt 25 s. All 200 epochs: not measured.
 
 Deviations from the LDAM-DRW recipe
 - The weights of the last epoch are kept; the official code keeps the epoch that does best on the *test* set.
@@ -206,11 +207,13 @@ def accuracy(network, test_set, train_counts, device="cpu", batch_size=500):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
-def save_classifier(path, network, dataset, classes, image_size, settings, test_accuracy):
+def save_classifier(path, network, dataset, split, classes, image_size, settings, test_accuracy):
     """Write all that `load_classifier` needs to `path`, in one piece or not at all."""
     checkpoint = {
-        "dataset": dataset, "classes": list(classes), "image_size": image_size, "settings": settings,
-        "normalisation": settings["normalisation"], "test_accuracy": test_accuracy,
+        "dataset": dataset, "split": split,
+        "classes": [str(name) for name in classes],  # they may be NumPy's strings, which weights_only would not load
+        "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"],
+        "test_accuracy": test_accuracy,
         "resnet32": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
     }  # fmt: skip
     with atomic_write(path) as file:
@@ -228,7 +231,8 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
         raise InputError(f"no classifier at {path}")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-        network = ResNet32(len(info["classes"]), **info["normalisation"])
+        with torch.random.fork_rng(devices=[]):  # building it draws weights; the caller's random state is left alone
+            network = ResNet32(len(info["classes"]), **info["normalisation"])
         network.load_state_dict(info.pop("resnet32"))
         made_for = f"{path} is for {info['dataset']} ({len(info['classes'])} classes, {info['image_size']} pixels)"
     except Exception as error:  # a damaged or foreign file: zip, pickle, a missing key, another network's weights ...
@@ -272,8 +276,8 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
 
 def run_name(dataset, split, image_size, rho, seed, changed=()):
     """Name of a run: the data, and `changed`, the (setting, value) pairs that differ from the recipe."""
-    parts = ["classifier", dataset.replace("folder:", "").strip("/").replace("/", "_"), f"{image_size}px"]
-    if dataset.endswith("lt"):
+    parts = ["classifier", dataset.replace("/", "_").replace(":", "_"), f"{image_size}px"]
+    if dataset in ("shapeslt", "cifar10lt", "cifar100lt"):
         parts.append(f"rho{datasets.DEFAULT_RHO if rho is None else rho:g}")
     if split != "train":
         parts.append(split)
@@ -288,7 +292,8 @@ def train_and_save(path, dataset, data_dir, split, image_size, rho, seed, device
     settings = settings or recipe_for(dataset, len(train_set.labels))
     network = train_classifier(train_set, settings, seed, device, use_bf16(amp, torch.device(device)), log)
     shares = accuracy(network, test_set, train_counts, device)
-    save_classifier(path, network, dataset, train_set.classes, train_set.images.shape[-1], settings, shares)
+    size = train_set.images.shape[-1]
+    save_classifier(path, network, dataset, split, train_set.classes, size, settings, shares)
     recognised = ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items())
     tqdm.write(f"Wrote {path}; accuracy on the test images: {recognised}.")
 

@@ -1,6 +1,6 @@
 """Data for every script here: long-tailed CIFAR, a drawn data set that needs no download, your own folder of images.
 
-    python datasets.py cifar100lt              # prepare a data set, print its counts from head to tail, draw a picture of it
+    python datasets.py cifar100lt              # prepare a data set, print its counts from head to tail, draw a picture
     python datasets.py shapeslt --rho 50
 
     train = load("cifar100lt", "data")                      # an ImageSet: images uint8, labels, class names, counts
@@ -14,12 +14,12 @@ Names
     folder:PATH                 your own images: PATH/train/<class>/*, and if you have them PATH/test, PATH/reference
 Splits
     train       what a method learns from
-    reference   the balanced images that scores compare with: the full training set for CIFAR and its long-tailed versions
-                (the protocol of CBDM, CVPR 2023), the test set for cifar*imb (the protocol of Softlabel-GAN)
+    reference   the balanced images that scores compare with: the full training set for CIFAR and cifar*lt (the protocol
+                of CBDM, CVPR 2023), the test set for cifar*imb (the protocol of Softlabel-GAN), drawn anew for shapes
     test        held-out images, balanced
 
-CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz (images (N, H, W, 3) uint8, labels (N,) int64,
-classes (K,) str). Afterwards nothing else is read: copy that file to a machine without a network and it works there.
+CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8, labels (N,)
+int64, classes (K,) str. Afterwards nothing else is read: copy that file to a machine without a network and it works there.
 Every image stays in memory (CIFAR: 150 MB), which makes a batch one indexing operation: no worker processes, no queue.
 """
 
@@ -38,7 +38,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-NAMES = ("shapes", "shapeslt", "cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb", "folder:PATH")
+CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb")
+NAMES = ("shapes", "shapeslt", *CIFAR_NAMES, "folder:PATH")
 SPLITS = ("train", "reference", "test")
 DEFAULT_RHO = 100  # head class / tail class; "imb = 0.01" in Cao et al. 2019 and CBDM, the headline setting of both
 SMALLEST_SIZE, LARGEST_SIZE, LARGEST_SHAPES = 8, 1024, 128  # pixels; shapes: 128 takes minutes and 2 GB already
@@ -56,7 +57,7 @@ class InputError(Exception):
 
 @dataclasses.dataclass
 class ImageSet:
-    """images (N, 3, H, W) uint8 tensor · labels (N,) int64 tensor in [0, K) · classes: the K names, in label order."""
+    """images (N, 3, H, W) uint8 tensor, labels (N,) int64 tensor in [0, K), classes: the K names in label order."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -72,11 +73,11 @@ class ImageSet:
 def atomic_write(path):
     """Yields a binary file; `path` is replaced by it when the block succeeds, and untouched when the block fails.
 
-    A reader, or a run killed half-way, therefore only ever sees a whole file. np.savez, torch.save and PIL's save take the
-    file object. Raises InputError where the disk refuses.
+    A reader therefore only ever sees a whole file, whenever the writer is killed. np.savez, torch.save and PIL's save
+    take the file object. Raises InputError where the disk refuses.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same directory: os.replace is atomic within a file system
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it: os.replace is atomic within a disk
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -102,10 +103,10 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
     split       "train", "reference" or "test", see the top of this file. For a folder the reference is PATH/reference
                 if it is there, else PATH/test, else PATH/train
     image_size  height and width in pixels; native size when None (shapes 16, CIFAR 32, folder 32)
-    rho         imbalance ratio >= 1, images in the head class / in the tail class; for the *lt sets alone (100 when None)
-    seed        which images make up a long-tailed training split. 0 is the subset of Cao et al. 2019 for cifar*lt; another
-                seed is another subset of the same counts. For shapes it seeds the drawing of the training split. Reference
-                and test never depend on it, nor do cifar*imb and folder:, where nothing is drawn by chance.
+    rho         imbalance ratio >= 1, images in the head / in the tail class; for the *lt sets alone (100 when None)
+    seed        which images the training split holds, not how a method trains. cifar*lt: 0 is the subset of Cao et al.
+                2019, another seed another subset with the same counts. shapes: seeds the drawing. Reference and test
+                never depend on it, nor do cifar*imb and folder:, where nothing is drawn by chance
     returns     ImageSet
     raises      InputError
     """
@@ -163,15 +164,15 @@ def long_tailed_counts(n_max, num_classes, rho):
     """
     counts = np.array([int(n_max * (1 / rho) ** (c / (num_classes - 1))) for c in range(num_classes)])
     if counts.min() < 1:
-        raise InputError(f"rho {rho:g} leaves the last class no image: its head class has {n_max}, so rho is at most {n_max}")
+        raise InputError(f"rho {rho:g} leaves the last class no image; the head class has {n_max}, so that is the most")
     return counts
 
 
 def softlabel_gan_counts(num_classes):
     """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class) or CIFAR-100 (2993 images, 6 to 36 a class).
 
-    Softlabel-GAN, official datasets.py: 5000 draws from a log-normal(s=3) for 10 classes, a chi-squared(df=3) for 100, as a
-    histogram of K equal bins on [0, 3], each rounded down; then a fixed permutation of the classes.
+    Softlabel-GAN, official datasets.py: 5000 times the probability that a log-normal (s=3; K = 10) or chi-squared (df=3;
+    K = 100) variable falls into each of K equal bins on [0, 3], rounded down; then a fixed permutation of the classes.
     """
     import scipy.stats  # here, because it takes a second to import and only these two sets need it
 
@@ -184,14 +185,14 @@ def subset(labels, counts, random_state=None):
     """Indices of counts[c] images of each class c, class after class.
 
     With a random state: class by class, shuffle the indices of the class (file order) and keep the first n_c. With
-    np.random.RandomState(0) these are the images of Cao et al. 2019, whose code seeds the global generator with 0 and does
-    the same. Without: the first n_c in file order, as Softlabel-GAN does.
+    np.random.RandomState(0) these are the images of Cao et al. 2019, whose code seeds the global generator with 0 and
+    does the same. Without: the first n_c in file order, as Softlabel-GAN does.
     """
     keep = []
     for c, n_c in enumerate(counts):
         of_class = np.where(labels == c)[0]
         if len(of_class) < n_c:
-            raise InputError(f"{n_c} images of class {c} are needed and the prepared file has {len(of_class)}; is it whole?")
+            raise InputError(f"class {c} needs {n_c} images and the prepared file has {len(of_class)}; is it the full set?")
         if random_state is not None:
             random_state.shuffle(of_class)
         keep.append(of_class[:n_c])
@@ -204,18 +205,21 @@ def head_to_tail(counts):
 
 
 def thirds(counts):
-    """{"head": indices, "middle": indices, "tail": indices}: head_to_tail cut in three (34 + 33 + 33 for 100 classes)."""
+    """{"head": indices, "middle": indices, "tail": indices}: head_to_tail cut in three (100 classes: 34, 33, 33)."""
     return dict(zip(("head", "middle", "tail"), np.array_split(head_to_tail(counts), 3), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prepared arrays
 # ----------------------------------------------------------------------------------------------------------------------
+REPLACE_IT = "delete it, or put a good copy there, and run again"
+
+
 def read_prepared(path, size):
     """images (N, size, size, 3) uint8, labels (N,) int64, classes (K,) str, fingerprint str ("" for CIFAR).
 
-    Raises InputError for a file that is cut short, damaged, or holds something else. allow_pickle=False: a data file from
-    somewhere else must not be able to run code.
+    Raises InputError for a file that is cut short, damaged, or holds something else. allow_pickle=False: a data file
+    from somewhere else must not be able to run code.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -224,7 +228,7 @@ def read_prepared(path, size):
     except MemoryError:
         raise
     except Exception as error:  # zip, zlib, NumPy's header and pickle checks: each has its own exceptions
-        raise InputError(f"{path} is damaged ({error}); delete it or put a good copy there, and run again") from error
+        raise InputError(f"{path} cannot be read ({error}); {REPLACE_IT}") from error
     wrong = None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
         wrong = f"images are {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3)"
@@ -235,7 +239,7 @@ def read_prepared(path, size):
     elif len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
         wrong = f"labels do not lie in 0 .. {len(classes) - 1}" if len(labels) else "it holds no images"
     if wrong:
-        raise InputError(f"{path} is not what it should be ({wrong}); delete it or put a good copy there, and run again")
+        raise InputError(f"{path} is not a prepared data set ({wrong}); {REPLACE_IT}")
     return images, labels, classes, fingerprint
 
 
@@ -280,8 +284,106 @@ def download_cifar(source, data_dir, split, path):
     return loaded.data, np.array(loaded.targets, dtype=np.int64), np.array(loaded.classes)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Your own images
+# ----------------------------------------------------------------------------------------------------------------------
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def folder_root(where):
+    """PATH of folder:PATH as an absolute path; its last part names the prepared arrays."""
+    if not where:
+        raise InputError("folder: needs a path, as in folder:/data/birds with images in /data/birds/train/<class>/")
+    return Path(os.path.abspath(os.path.expanduser(where)))  # not resolve(): a link keeps the name that was typed
+
+
+def folder_splits(root, data_dir, size):
+    """The splits there are: sub-directories, or prepared arrays where the folder itself is not on this machine."""
+    if root.is_dir():
+        return [split for split in SPLITS if (root / split).is_dir()]
+    return [split for split in SPLITS if (data_dir / f"folder-{root.name}-{split}-{size}.npz").exists()]
+
+
 def load_folder(where, data_dir, split, size):
-    raise InputError("folder: is not built yet")
+    """ImageSet of `<where>/<split>/<class>/*`; classes are the sub-directories of train, in alphabetical order.
+
+    The prepared file holds a fingerprint of what it was made from, and is made again when the folder has changed since.
+    """
+    root = folder_root(where)
+    there = folder_splits(root, data_dir, size)
+    if "train" not in there:
+        missing = "has no directory train" if root.is_dir() else f"is no directory, nor was it prepared in {data_dir}"
+        raise InputError(f"{root} {missing}; images go into {root / 'train'}/<class>/")
+    if split == "reference":
+        split = next(s for s in ("reference", "test", "train") if s in there)
+    if split not in there:
+        raise InputError(f"{root} has no {split} images; they go into {root / split}/<class>/")
+
+    path = data_dir / f"folder-{root.name}-{split}-{size}.npz"
+    if root.is_dir():
+        try:
+            classes, files, labels = list_folder(root, split)
+            fingerprint = fingerprint_of(root, files)
+        except OSError as error:
+            raise InputError(f"cannot list the images of {root}: {error}") from error
+        if path.exists():
+            stored = read_prepared(path, size)
+            if stored[3] == fingerprint:
+                return image_set(*stored[:3])
+            print(f"{root / split} has changed since {path} was prepared; preparing it again", file=sys.stderr)
+        progress = tqdm(files, f"reading {root.name} {split}", unit=" images")
+        images = np.stack([read_image(file, size) for file in progress])
+        with atomic_write(path) as out:
+            np.savez(out, images=images, labels=labels, classes=classes, fingerprint=fingerprint)
+    return image_set(*read_prepared(path, size)[:3])
+
+
+def list_folder(root, split):
+    """classes (K,) str, files (N paths, class after class), labels (N,) int64. Hidden and other files are left out."""
+
+    def class_names(s):
+        return sorted(d.name for d in (root / s).iterdir() if d.is_dir() and not d.name.startswith("."))
+
+    classes = class_names("train")
+    if not classes:
+        raise InputError(f"{root / 'train'} has no sub-directories; each class is one, with its images in it")
+    for name in sorted(set(classes) ^ set(class_names(split))):
+        has, lacks = ("train", split) if name in classes else (split, "train")
+        raise InputError(f"{root}: class {name!r} is in {has} but not in {lacks}; the splits need the same classes")
+    files, labels = [], []
+    for c, name in enumerate(classes):
+        of_class = sorted(f for f in (root / split / name).iterdir()
+                          if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+        if not of_class:
+            raise InputError(f"{root / split / name} has no images ({' '.join(IMAGE_SUFFIXES)}); add some, or remove it")
+        files += of_class
+        labels += [c] * len(of_class)
+    return np.array(classes), files, np.array(labels, dtype=np.int64)
+
+
+def fingerprint_of(root, files):
+    """A hash of paths within the folder, sizes and times of change; it opens no file, so it is quick."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.relative_to(root)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def read_image(path, size):
+    """One image file as (size, size, 3) uint8; of an animation the first frame."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # upright, as a viewer shows it
+            if image.mode.startswith("I;16"):  # PIL would clip 16-bit greys to white instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:  # CHOICE: on white; what lies under a transparent pixel is arbitrary
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return resize(image, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # each of PIL's decoders has its own exceptions
+        raise InputError(f"cannot read the image {path} ({error}); remove or replace it") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,13 +400,13 @@ def star(x, y, points=5, inner=0.45):
 
 def heart(x, y):
     """Inside the curve (u^2 + v^2 - 1)^3 = u^2 v^3, shrunk into the unit disc."""
-    u, v = 1.2 * x, 1.2 * y + 0.12
+    u, v = 1.28 * x, 1.28 * y + 0.22
     body = u * u + v * v - 1
     return body * body * body < u * u * v * v * v
 
 
-# Head to tail. Each function takes coordinates in the frame of the shape (x right, y up) and says which points are inside;
-# all of them lie in the unit disc, so that the largest scale and offset together (.75 + .2) stay within the picture.
+# Head to tail. Each function takes coordinates in the frame of the shape (x right, y up) and says which points are inside.
+# All shapes lie in the unit disc, so that the largest scale and offset together (.75 + .2) stay within the picture.
 SHAPES = {
     "disc": lambda x, y: x * x + y * y < 0.85**2,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.7,
@@ -321,12 +423,12 @@ SHAPES_PER_CLASS = {"train": 1000, "reference": 400, "test": 200}
 
 
 def draw_shapes(split, size, rho, seed, narrow_hues):
-    """Ten classes of one coloured shape on a grey ground, (N, 3, size, size).
+    """Ten classes of one coloured shape on a grey ground, size x size pixels.
 
-    Ours, so that a first look needs no download. Colour, ground, place, scale and rotation have nothing to do with the class,
-    with one exception: with narrow_hues, the hues of the *training* images of class c come from an arc that narrows linearly
-    from the full circle (head) to a quarter of it (tail). A tail class therefore lacks not only images but variety, which a
-    method that shares knowledge between classes can bring back; the reference split has every hue in every class.
+    Ours, so that a first look needs no download. Colour, ground, place, scale and rotation say nothing about the class,
+    with one exception: with narrow_hues, the *training* images of class c take their hues from an arc that narrows
+    linearly from the full circle (head) to a quarter of it (tail). So a tail class lacks variety as well as images, which
+    a method that shares knowledge between classes can bring back; the reference has every hue in every class.
     """
     train = split == "train"
     counts = long_tailed_counts(SHAPES_PER_CLASS[split], len(SHAPES), rho if train else 1)
@@ -336,7 +438,8 @@ def draw_shapes(split, size, rho, seed, narrow_hues):
         # RandomState rather than default_rng because NumPy promises that its streams never change.
         random_state = np.random.RandomState([SPLITS.index(split), c, seed if train else 0])
         arc = 1 - 0.75 * c / (len(SHAPES) - 1) if narrow_hues and train else 1.0
-        images.append(draw_shape(inside, random_state.rand(n_c, 8), size, arc, c * (math.sqrt(5) - 1) / 2))
+        middle = c * (math.sqrt(5) - 1) / 2  # CHOICE: steps of the golden section spread the arcs over the circle
+        images.append(draw_shape(inside, random_state.rand(n_c, 8), size, arc, middle))
     labels = torch.from_numpy(np.repeat(np.arange(len(SHAPES)), counts))
     return ImageSet(torch.from_numpy(np.concatenate(images)), labels, list(SHAPES))
 
@@ -344,8 +447,8 @@ def draw_shapes(split, size, rho, seed, narrow_hues):
 def draw_shape(inside, u, size, arc, middle, supersampling=4, block=64):
     """(n, 3, size, size) uint8 from u (n, 8) uniform in [0, 1).
 
-    arc, middle: width and middle of the range of hues, in turns of the colour circle. CHOICE: the middles go round in steps
-    of the golden section, so that the narrow arcs of the tail classes are spread over the circle.
+    arc, middle: width and middle of the range of hues, in turns of the colour circle.
+    supersampling: sub-pixels along each side of a pixel; the share of them inside the shape is its opacity.
     block: images at a time, so that the temporary arrays stay in the processor's cache.
     """
     hue = middle + arc * (u[:, 0] - 0.5)
@@ -394,7 +497,7 @@ class Batches:
         if classes not in ("data", "uniform", "sqrt"):
             raise ValueError(f'classes is {classes!r}; it is "data", "uniform" or "sqrt"')
         if batch_size < 1 or len(image_set.labels) == 0:
-            raise ValueError(f"batch_size is {batch_size}, the set has {len(image_set.labels)} images; both are at least 1")
+            raise ValueError(f"batch_size is {batch_size} and the set has {len(image_set.labels)} images")
         if classes != "data" and counts.min() < 1:
             raise ValueError(f"class {int(counts.argmin())} has no image to draw")
         self.images, self.labels = image_set.images.to(device), image_set.labels.to(device)
@@ -431,3 +534,81 @@ class Batches:
     def load_state_dict(self, state):
         self.generator.set_state(state["generator"].cpu())  # .cpu(): torch.load may have mapped it to the GPU
         self.order = state["order"].cpu()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python datasets.py NAME
+# ----------------------------------------------------------------------------------------------------------------------
+def table(classes, counts):
+    """Lines of text: index, name and count of each class, from head to tail; down the columns when there are many."""
+    width = max(len(name) for name in classes)
+    cells = [f"{c:4d} {classes[c]:{width}} {counts[c]:6,d}" for c in head_to_tail(counts)]
+    columns = 1 if len(cells) <= 20 else max(1, 110 // (len(cells[0]) + 2))  # 110: characters in a line
+    rows = math.ceil(len(cells) / columns)
+    return ["  ".join(cells[row::rows]) for row in range(rows)]
+
+
+def picture(data, rows=10, columns=10, tile=48, bar=200):
+    """A PIL image: classes from head to tail, one a row, the first images of each, and a bar as long as its count.
+
+    rows: the most classes to show, evenly spaced from head to tail. tile: about how wide to magnify an image, pixels.
+    bar: the longest bar, pixels.
+    """
+    order = head_to_tail(data.counts)
+    order = order[np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(int)]
+    size, gap, left, right = data.images.shape[-1], 2, 130, 70  # pixels: left of the images the name, right of a bar its number
+    zoom = max(1, round(tile / size))
+    pitch = size * zoom + gap
+    start = left + columns * pitch + 6
+    sheet = Image.new("RGB", (start + bar + right, len(order) * pitch), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for row, c in enumerate(order):
+        top, middle = row * pitch, row * pitch + pitch // 2
+        name = data.classes[c].encode("ascii", "replace").decode()[:20]  # PIL's own font has little more than ASCII
+        draw.text((4, middle), name, "black", font, anchor="lm")
+        for column, image in enumerate(data.images[data.labels == c][:columns]):
+            shown = Image.fromarray(image.permute(1, 2, 0).numpy())
+            shown = shown.resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left + column * pitch, top))
+        n_c = int(data.counts[c])
+        end = start + max(1, round(bar * n_c / int(data.counts.max())))
+        draw.rectangle((start, middle - pitch // 5, end, middle + pitch // 5), "steelblue")
+        draw.text((end + 5, middle), f"{n_c:,}", "black", font, anchor="lm")
+    return sheet
+
+
+def fail(message):
+    """One line on stderr, status 2: for what the person at the keyboard can mend."""
+    print(f"datasets.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare and describe a data set.", allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("name", metavar="NAME", help=" ".join(NAMES))
+    parser.add_argument("--data-dir", default="data", help="where prepared data sets lie (default: data)")
+    parser.add_argument("--rho", type=float, help=f"imbalance ratio of a long-tailed set (default: {DEFAULT_RHO})")
+    parser.add_argument("--image-size", type=int, help="pixels (default: 16 for shapes, else 32)")
+    parser.add_argument("--out", metavar="PNG", help="the picture (default: <data-dir>/<name>.png)")
+    args = parser.parse_args()
+    try:
+        train, reference = (load(args.name, args.data_dir, s, args.image_size, args.rho) for s in ("train", "reference"))
+        size, counts, there = train.images.shape[-1], train.counts, SPLITS
+        if args.name.startswith("folder:"):  # the one kind of data set that may do without a test split
+            there = folder_splits(folder_root(args.name.removeprefix("folder:")), Path(args.data_dir), size)
+        tests = len(load(args.name, args.data_dir, "test", size, args.rho).labels) if "test" in there else 0
+        out = Path(args.out or Path(args.data_dir) / f"{args.name.replace('/', '_').replace(':', '_')}.png")
+        with atomic_write(out) as file:
+            picture(train).save(file, format="PNG")
+    except InputError as error:
+        fail(error)
+    print(f"{args.name}, from head to tail:", *table(train.classes, counts), sep="\n")
+    print(f"{len(counts)} classes, {counts.sum():,d} training images of {size} x {size} pixels, "
+          f"{counts.max():,d} to {counts.min():,d} a class: imbalance ratio {counts.max() / counts.min():.4g}")
+    print(f"{len(reference.labels):,d} reference images, {tests:,d} test images")
+    print(f"picture: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""How fast the project is, in one table: `python tests/benchmark.py [--threads 2] [--only training,sampling,...]`.
+
+Each row is the median of several runs with its smallest and largest; what is compared is measured in turn (A B A B ...) in
+one process, so that a machine whose speed drifts does not decide. "Plain" is the same arithmetic as the papers' releases do
+it: float32, one forward pass for each label, Adam tensor by tensor, the moving average tensor by tensor.
+Not collected by pytest.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cbdm  # noqa: E402
+import metrics  # noqa: E402
+
+GFLOP_FORWARD = 12.44  # one 32 x 32 image through the paper's U-Net (tests/test_cbdm.py counts it)
+BATCH = 16
+
+
+def in_turn(functions, runs=5, warm_up=1):
+    """Seconds of each function, called in turn: a list of `runs` values for each."""
+    device_wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = [[] for _ in functions]
+    for i in range(warm_up + runs):
+        for f, seconds in zip(functions, times, strict=True):
+            device_wait()
+            began = time.perf_counter()
+            f()
+            device_wait()
+            if i >= warm_up:
+                seconds.append(time.perf_counter() - began)
+    return times
+
+
+def row(name, values, unit, note=""):
+    middle = statistics.median(values)
+    print(f"{name:<58} {middle:>10.4g} {unit:<10} [{min(values):.4g} .. {max(values):.4g}]  {note}", flush=True)
+    return middle
+
+
+def matrix_throughput(device, dtype, size=2048):
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return [2 * size**3 / s / 1e9 for s in in_turn([lambda: a @ b], runs=9, warm_up=2)[0]]
+
+
+def paper_model(device):
+    torch.manual_seed(0)
+    return cbdm.UNet(100, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1).to(device)
+
+
+def training(device, peak):
+    """One CBDM step of 16 images at the paper's size: two predictions, both terms of Eq. 4, Adam, EMA."""
+    x = torch.rand(BATCH, 3, 32, 32, device=device) * 2 - 1
+    t, y, y_prime = torch.randint(0, 1000, (BATCH,)), *torch.randint(0, 100, (2, BATCH), device=device)
+    labelled, t_ = torch.ones(BATCH, dtype=torch.bool, device=device), t.to(device)
+
+    def step(model, optimizer, both, average):
+        eps = torch.randn_like(x)
+        h, h_prime = both(model, cbdm.q_sample(x, t, eps))
+        L_r, L_rc = cbdm.regularisers(h, h_prime[None], t, 0.001, labelled)
+        optimizer.zero_grad()
+        (cbdm.ddpm_loss(h, eps) + L_r + 0.25 * L_rc).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average()
+
+    def plain():
+        model = paper_model(device)
+        ema = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, foreach=False)
+
+        def average():
+            with torch.no_grad():
+                new = model.state_dict()
+                for name, value in ema.state_dict().items():
+                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
+
+        return lambda: step(model, optimizer, lambda m, x_t: (m(x_t, t_, y), m(x_t, t_, y_prime)), average)
+
+    def ours():
+        model = paper_model(device)
+        ema = list(copy.deepcopy(model).requires_grad_(False).parameters())
+        weights = [w.detach() for w in model.parameters()]
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
+
+        def both(m, x_t):
+            with torch.autocast(device.type, torch.bfloat16, enabled=cbdm.use_bf16("auto", device)):
+                return m(torch.cat([x_t, x_t]), torch.cat([t_, t_]), torch.cat([y, y_prime])).chunk(2)
+
+        return lambda: step(model, optimizer, both, lambda: torch._foreach_lerp_(ema, weights, 1 - 0.9999))
+
+    compare("CBDM training step, 16 images", plain(), ours(), GFLOP_FORWARD * 6, peak)  # 2 forward, 2 backward passes of 2
+
+
+def sampling(device, peak):
+    """One guided denoising step of 16 images: a prediction with and one without label."""
+    model = paper_model(device).eval()
+    x = torch.randn(BATCH, 3, 32, 32, device=device)
+    t, y = torch.full((BATCH,), 500, device=device), torch.arange(BATCH, device=device)
+    none = torch.full_like(y, cbdm.NO_LABEL)
+
+    @torch.no_grad()
+    def plain():
+        cbdm.ancestral_step(x, cbdm.guided(model(x, t, y), model(x, t, none), 1.6), 500, torch.randn_like(x))
+
+    @torch.no_grad()
+    def ours():
+        with torch.autocast(device.type, torch.bfloat16, enabled=cbdm.use_bf16("auto", device)):
+            both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none]))
+        cbdm.ancestral_step(x, cbdm.guided(*both.chunk(2), 1.6), 500, torch.randn_like(x))
+
+    compare("guided sampling step, 16 images", plain, ours, GFLOP_FORWARD * 2, peak)
+
+
+def compare(name, plain, ours, gflop_image, peak):
+    slow, fast = in_turn([plain, ours])
+    for label, seconds, top in (("plain", slow, peak["float32"]), ("ours", fast, peak["bfloat16"])):
+        middle = statistics.median(seconds)
+        share = gflop_image * BATCH / middle / top
+        row(f"{name}, {label}", seconds, "s", f"{BATCH / middle:.2f} images/s, {share:.0%} of the matrix throughput")
+    row(f"{name}, plain / ours", [a / b for a, b in zip(slow, fast, strict=True)], "times")
+
+
+def frechet():
+    """Against scipy's matrix square root, on the same features."""
+    from scipy import linalg
+
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(2048, 2048)) / 45
+    real, fake = rng.normal(size=(10_000, 2048)) @ mix, rng.normal(size=(10_000, 2048)) @ mix * 1.1 + 0.05
+
+    def by_sqrtm(a, b):
+        s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+
+    m = [(x.mean(0), np.cov(x, rowvar=False)) for x in (real, fake)]
+    result = {}
+
+    def ours():
+        result["ours"] = metrics.frechet_distance_from_moments(*m[0], *m[1])
+
+    def theirs():
+        (mu1, s1), (mu2, s2) = m
+        result["sqrtm"] = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+
+    fast, slow = in_turn([ours, theirs], runs=3, warm_up=0)
+    row("Frechet distance from moments, 2048 dimensions, ours", fast, "s", f"value {result['ours']:.6f}")
+    row("Frechet distance from moments, 2048 dimensions, sqrtm", slow, "s", f"value {result['sqrtm']:.6f}")
+    row("sqrtm / ours", [a / b for a, b in zip(slow, fast, strict=True)], "times")
+    row("relative difference", [abs(result["ours"] / result["sqrtm"] - 1)], "")
+    row("from 10,000 x 2,048 features, ours", in_turn([lambda: metrics.frechet_distance(real, fake)], runs=3)[0], "s")
+
+    labels = np.arange(5000) % 100
+    few = real[:5000], labels, fake[:5000], labels
+    [intra] = in_turn([lambda: metrics.intra_fid(*few)], runs=3)
+    [one] = in_turn([lambda: by_sqrtm(real[labels.nonzero()[0][:50]], fake[:50])], runs=2, warm_up=0)
+    row("intra-FID, 100 classes of 50 images, 2048 dim., a class, ours", [s / 100 for s in intra], "s")
+    row("intra-FID, one class, sqrtm", one, "s")
+    row("sqrtm / ours, a class", [s / (statistics.median(intra) / 100) for s in one], "times")
+
+
+def start_up(device, threads):
+    """Whole processes: from the command to the first step, and the peak memory of a step on CIFAR's size."""
+    with tempfile.TemporaryDirectory() as scratch:
+        images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
+        names = np.array([f"class{c}" for c in range(100)])
+        np.savez(Path(scratch) / "cifar100-train-32.npz", images=images, labels=np.arange(50_000) % 100, classes=names)
+        for name, flags in (("shapeslt, one step", ["--dataset", "shapeslt"]),
+                            ("cifar100lt, one step of the paper's network", ["--dataset", "cifar100lt"])):
+            seconds, memory = [], []
+            for i in range(3):
+                command = [sys.executable, ROOT / "cbdm.py", *flags, "--steps", "1", "--eval-images", "0",
+                           "--sample-every", "0", "--run-dir", f"{scratch}/{name}{i}",
+                           "--data-dir", scratch, "--device", device.type]
+                began = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                           env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                _, status, usage = os.wait4(process.pid, 0)
+                assert status == 0
+                seconds.append(time.perf_counter() - began)
+                memory.append(usage.ru_maxrss / 2**20)
+            row(f"{name}: whole command", seconds, "s")
+            row(f"{name}: peak memory", memory, "GiB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU")
+    parser.add_argument("--only", default="training,sampling,frechet,start_up", help="which parts, with commas between")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = cbdm.pick_device("auto")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    print(f"torch {torch.__version__}, {where}; median [smallest .. largest]")
+    peak = {name: row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
+            for name in ("float32", "bfloat16")}
+    for part in args.only.split(","):
+        {"training": lambda: training(device, peak), "sampling": lambda: sampling(device, peak), "frechet": frechet,
+         "start_up": lambda: start_up(device, args.threads)}[part]()
+
+
+if __name__ == "__main__":
+    main()

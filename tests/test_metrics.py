@@ -1,0 +1,608 @@
+import colorsys
+import csv
+import json
+import math
+import urllib.error
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+
+import datasets
+import metrics
+from classifier import ResNet32, save_classifier
+from datasets import InputError
+from metrics import frechet_distance, inception_score, intra_fid, kl_to_uniform
+
+rng = np.random.default_rng(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fréchet distance
+# ----------------------------------------------------------------------------------------------------------------------
+def by_sqrtm(real, fake):
+    """The formula as papers' code has it: the square root of the unsymmetric product of two full covariances."""
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
+    S1, S2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    root = scipy.linalg.sqrtm(S1 @ S2)
+    return ((real.mean(0) - fake.mean(0)) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * np.trace(root).real
+
+
+def by_symmetric_root(real, fake):
+    """Tr((S1 S2)^(1/2)) = Tr((R S2 R)^(1/2)) with R = S1^(1/2): for singular covariances, where sqrtm fails."""
+    S1, S2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    values, vectors = np.linalg.eigh(S1)
+    R = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(R @ S2 @ R).clip(0)).sum()
+    return ((real.mean(0) - fake.mean(0)) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * cross
+
+
+def features(n, dimensions=32, shift=0.0, seed=0):
+    generator = np.random.default_rng([seed, n])
+    mixing = generator.standard_normal((dimensions, dimensions)) * 0.9 ** np.arange(dimensions)
+    return (generator.standard_normal((n, dimensions)) @ mixing + shift).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")  # says sqrtm, and is right all the same
+@pytest.mark.parametrize("n, m", [(500, 400), (33, 33), (10, 12), (2, 2), (32, 32), (10, 500), (500, 10), (32, 33)])
+def test_frechet_distance_is_that_of_sqrtm(n, m):
+    """More images than the 32 dimensions on both sides, fewer on both, and fewer on one."""
+    real, fake = features(n), features(m, shift=0.5, seed=1)
+    expected = by_sqrtm(real, fake)
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance(fake, real) == pytest.approx(frechet_distance(real, fake), rel=1e-6)
+    assert frechet_distance(torch.from_numpy(real), torch.from_numpy(fake)) == frechet_distance(real, fake)
+
+
+def test_frechet_distance_from_moments():
+    real, fake = features(200), features(100, shift=1.0, seed=1)
+    moments = [x for f in (real, fake) for x in (f.mean(0, dtype=np.float64), np.cov(f.T.astype(np.float64)))]
+    assert metrics.frechet_distance_from_moments(*moments) == pytest.approx(by_sqrtm(real, fake), rel=1e-6)
+    # N(m, diag(a)) against N(m', diag(b)): |m - m'|^2 + sum (sqrt a - sqrt b)^2
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 0.0])
+    for first, second in ((a, b), (b, a)):  # the second time round the first covariance is singular
+        found = metrics.frechet_distance_from_moments([0, 0, 0], np.diag(first), [1, 2, 0], np.diag(second))
+        assert found == pytest.approx(5 + 1 + 0 + 9, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_frechet_distance_of_a_shift(n):
+    real = features(n).astype(np.float64)
+    shift = np.linspace(-1, 1, 32)
+    assert frechet_distance(real, real + shift) == pytest.approx((shift**2).sum(), rel=1e-5)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-5)
+    assert frechet_distance(real, real[::-1]) >= 0
+
+
+def test_frechet_distance_in_one_dimension():
+    real, fake = np.array([[0.0], [2.0], [4.0]]), np.array([[10.0], [11.0]])  # means 2, 10.5; deviations 2, sqrt(1/2)
+    assert frechet_distance(real, fake) == pytest.approx(8.5**2 + (2 - math.sqrt(0.5)) ** 2)
+
+
+def test_frechet_distance_of_rank_deficient_features():
+    """Dead features and duplicates, as ReLU networks and collapsed generators make them, with more images than D."""
+    real, fake = features(300), features(200, shift=0.3, seed=1)
+    real[:, 5:9] = 0
+    real[:, 20] = real[:, 21]
+    fake[50:] = fake[0]
+    fake[:, 6] = 1
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(np.cov(real, rowvar=False))
+    assert frechet_distance(real, fake) == pytest.approx(by_symmetric_root(real, fake), rel=1e-5)
+    assert frechet_distance(fake, real) == pytest.approx(by_symmetric_root(real, fake), rel=1e-5)
+    constant = np.ones((100, 32))
+    assert frechet_distance(real, constant) == pytest.approx(by_symmetric_root(real, constant), rel=1e-6)
+    assert frechet_distance(constant, constant) == 0
+
+
+def test_moments_in_chunks():
+    x = features(1001) + 1000  # a large mean: E[x^2] - E[x]^2 in float32 would lose the covariance
+    mean, covariance = metrics.moments(x, rows=100)
+    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(covariance, np.cov(x.astype(np.float64).T))
+
+
+@pytest.mark.parametrize("real, fake, message", [
+    (np.ones((1, 3)), np.ones((4, 3)), "real has shape"),
+    (np.ones((4, 3)), np.ones(4), "fake has shape"),
+    (np.ones((4, 3)), np.ones((4, 2)), "3 dimensions"),
+    (np.ones((4, 3)), np.array([[1, 2, np.nan], [1, 2, 3]]), "fake has entries that are NaN"),
+    (np.array([[1, 2, np.inf], [1, 2, 3]]), np.ones((4, 3)), "real has entries that are NaN or infinite"),
+])  # fmt: skip
+def test_features_that_make_no_sense(real, fake, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(real, fake)
+
+
+def test_moments_that_make_no_sense():
+    eye = np.eye(3)
+    with pytest.raises(ValueError, match="want"):
+        metrics.frechet_distance_from_moments(np.zeros(3), eye, np.zeros(3), np.eye(2))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.frechet_distance_from_moments(np.zeros(3), eye * np.nan, np.zeros(3), eye)
+
+
+def test_intra_fid_is_a_distance_for_each_class():
+    real, fake = features(60, 8), features(50, 8, shift=0.2, seed=1)
+    real_labels, fake_labels = np.arange(60) % 4, np.arange(50) % 3  # 15 of each of four; 17, 17, 16 of three
+    fake_labels[0] = 4  # one image of a class that has no real ones
+    mean, deviation, per_class = intra_fid(real, real_labels, fake, torch.from_numpy(fake_labels))
+    expected = [by_sqrtm(real[real_labels == k], fake[fake_labels == k]) for k in range(3)]
+    assert per_class[:3] == pytest.approx(expected, rel=1e-5)
+    assert len(per_class) == 5 and np.isnan(per_class[3:]).all()
+    assert mean == pytest.approx(np.mean(expected), rel=1e-5) and deviation == pytest.approx(np.std(expected), rel=1e-4)
+    assert len(intra_fid(real, real_labels, fake, fake_labels, num_classes=9)[2]) == 9
+    alone = intra_fid(real, np.zeros(60, int), fake, np.ones(50, int))
+    assert math.isnan(alone[0]) and math.isnan(alone[1]) and np.isnan(alone[2]).all()
+
+
+@pytest.mark.parametrize("labels", [np.zeros(49, int), np.zeros(50), np.full(50, -1), np.zeros((50, 1), int)])
+def test_intra_fid_refuses_labels_that_do_not_match(labels):
+    with pytest.raises(ValueError, match="fake: wanted are 50 class indices"):
+        intra_fid(features(60, 8), np.zeros(60, int), features(50, 8), labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Class probabilities, labels, colours
+# ----------------------------------------------------------------------------------------------------------------------
+def test_inception_score():
+    assert inception_score(np.full((100, 7), 1 / 7)) == pytest.approx((1, 0))
+    assert inception_score(np.eye(8)[np.arange(160) % 8]) == pytest.approx((8, 0))
+    # (1, 0) and (1/2, 1/2): their mean is (3/4, 1/4); KLs are log 4/3 and (log 2/3 + log 2) / 2
+    kl = (math.log(4 / 3) + (math.log(2 / 3) + math.log(2)) / 2) / 2
+    assert inception_score(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), splits=1) == pytest.approx((math.exp(kl), 0))
+    # the first split scores 1, the second 2
+    p = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert inception_score(p, splits=2) == pytest.approx((1.5, 0.5))
+    with pytest.raises(ValueError, match="5 splits of 4 rows"):
+        inception_score(p, splits=5)
+
+
+def test_kl_to_uniform():
+    assert kl_to_uniform(np.arange(30) % 10, 10) == pytest.approx(0)
+    assert kl_to_uniform([0, 0, 0, 1], 2) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert kl_to_uniform(torch.tensor([3, 3, 1, 1]), 4) == pytest.approx(math.log(2))  # two classes of four are missing
+    assert kl_to_uniform([7] * 5, 10) == pytest.approx(math.log(10))
+    cifar10lt = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert kl_to_uniform(np.repeat(np.arange(10), cifar10lt), 10) == pytest.approx(0.6589, abs=1e-4)
+    with pytest.raises(ValueError, match="label 4 among 4 classes"):
+        kl_to_uniform([4], 4)
+
+
+def coloured(hues, ground=0.3):
+    """(N, 3, 8, 8) uint8: a square of each hue (in turns) on a grey ground."""
+    images = np.full((len(hues), 3, 8, 8), ground)
+    for image, hue in zip(images, hues, strict=True):
+        image[:, 2:5, 3:7] = np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.9))[:, None, None]
+    return torch.from_numpy(np.rint(images * 255).astype(np.uint8))
+
+
+def test_effective_hues():
+    middles = (np.arange(12) + 0.5) / 12
+    assert metrics.effective_hues(coloured(middles)) == pytest.approx(12)
+    assert metrics.effective_hues(coloured(middles[[0, 4, 8]], ground=0.8)) == pytest.approx(3)
+    assert metrics.effective_hues(coloured([middles[11]] * 5)) == pytest.approx(1)
+    three_to_one = metrics.effective_hues(coloured(middles[[0, 0, 0, 6]]))
+    assert three_to_one == pytest.approx(4 / 27**0.25)  # exp of -3/4 log 3/4 - 1/4 log 1/4
+    everywhere, quarter = rng.random(2000), 0.1 + 0.25 * rng.random(2000)
+    assert 11.5 < metrics.effective_hues(coloured(everywhere)) <= 12
+    assert 2.5 < metrics.effective_hues(coloured(quarter)) < 4.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inception
+# ----------------------------------------------------------------------------------------------------------------------
+def random_inception(num_classes, aux_logits):
+    """Weights of the right names and shapes, with batch norms that are not the identity."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(num_classes=num_classes, aux_logits=aux_logits, init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    torch.nn.init.normal_(network.fc.bias)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """A TORCH_HOME in which both networks' weights lie under their published names."""
+    from torchvision.models import Inception_V3_Weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("torch")
+        patch.setenv("TORCH_HOME", str(home))
+        folder = home / "hub" / "checkpoints"
+        folder.mkdir(parents=True)
+        # The published file has no counters of batches, nor an auxiliary head; torchvision's has both.
+        weights = random_inception(1008, aux_logits=False).state_dict()
+        weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+        torch.save(weights, folder / "pt_inception-2015-12-05-6726825d.pth")
+        name = Inception_V3_Weights.IMAGENET1K_V1.url.split("/")[-1]
+        torch.save(random_inception(1000, aux_logits=True).state_dict(), folder / name)
+        yield home
+
+
+def mean_inside(x):
+    """3x3 means over the pixels that lie inside the image: sums over counts."""
+    box = torch.ones(x.shape[1], 1, 3, 3)
+    total = F.conv2d(x, box, padding=1, groups=x.shape[1])
+    return total / F.conv2d(torch.ones_like(x), box, padding=1, groups=x.shape[1])
+
+
+def maximum_inside(x):
+    padded = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    h, w = x.shape[2:]
+    return torch.stack([padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]).amax(0)
+
+
+@torch.no_grad()
+def test_the_fid_network_pools_as_published(torch_home):
+    ours, plain = metrics.load_fid_inception(), random_inception(1008, aux_logits=False)
+    blocks = {"5b": (192, mean_inside), "5c": (256, mean_inside), "5d": (288, mean_inside), "6b": (768, mean_inside),
+              "6c": (768, mean_inside), "6d": (768, mean_inside), "6e": (768, mean_inside), "7b": (1280, mean_inside),
+              "7c": (2048, maximum_inside)}  # fmt: skip
+    for name, (width, pool) in blocks.items():
+        x = torch.randn(1, width, 7, 6)
+        mine, theirs = getattr(ours, f"Mixed_{name}"), getattr(plain, f"Mixed_{name}")
+        branch = theirs.branch_pool(pool(x))
+        found, usual = mine(x), theirs(x)
+        rest = found.shape[1] - branch.shape[1]
+        assert torch.allclose(found[:, :rest], usual[:, :rest], atol=1e-5), name  # the other branches, as they were
+        assert torch.allclose(found[:, rest:], branch, atol=1e-4), name
+        assert not torch.allclose(found[:, rest:], usual[:, rest:], atol=1e-2), name  # so the change is one
+    x = torch.randn(1, 288, 7, 7)
+    assert torch.allclose(ours.Mixed_6a(x), plain.Mixed_6a(x), atol=1e-5)
+
+
+def resized_by_hand(images):
+    """Bilinear, half-pixel centres, edges repeated: (N, 3, H, W) uint8 -> (N, 3, 299, 299) in [-1, 1]."""
+    h, w = images.shape[2:]
+    rows, columns = ((np.arange(299) + 0.5) * n / 299 - 0.5 for n in (h, w))
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    planes = images.double().flatten(0, 1).numpy()
+    large = np.array([scipy.ndimage.map_coordinates(p, grid, order=1, mode="nearest") for p in planes])
+    return torch.tensor(large / 127.5 - 1, dtype=torch.float32).view(-1, 3, 299, 299)
+
+
+@torch.no_grad()
+def test_inception_features(torch_home):
+    """torchvision's own network on images resized by hand: its pooled features and probabilities."""
+    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 8, 8), dtype=np.uint8))
+    network = metrics.load_feature_network("inception")
+    found, probabilities = metrics.extract_features(images, network, batch_size=2)
+    plain = random_inception(1000, aux_logits=True)
+    pooled = []
+    plain.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1)))
+    logits = plain(resized_by_hand(images))
+    assert found.shape == (3, 2048) and found.dtype == np.float32 and probabilities.shape == (3, 1000)
+    assert np.allclose(found, pooled[0].numpy(), rtol=1e-3, atol=1e-3 * found.std())
+    assert np.allclose(probabilities, logits.softmax(1).numpy(), atol=1e-4)
+    assert network.metric == "FID(torchvision)"
+
+
+@torch.no_grad()
+def test_fid_probabilities_have_no_bias(torch_home):
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8))
+    network = metrics.load_feature_network("inception-fid")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    metrics.load_fid_inception()
+    assert torch.equal(before, torch.get_rng_state())  # a training run that stops for its scores goes on unchanged
+    found, probabilities = metrics.extract_features(images, network)
+    last = random_inception(1008, aux_logits=False).fc
+    assert found.shape == (2, 2048) and network.metric == "FID"
+    assert np.allclose(probabilities, (torch.from_numpy(found) @ last.weight.T).softmax(1).numpy(), atol=1e-5)
+    assert not np.allclose(probabilities, last(torch.from_numpy(found)).softmax(1).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name, file", [("inception", "inception_v3_google-0cc3c7bd.pth"),
+                                        ("inception-fid", "pt_inception-2015-12-05-6726825d.pth")])  # fmt: skip
+def test_weights_that_are_not_there(tmp_path, monkeypatch, name, file):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    tried = []
+
+    def no_network(url, *rest, **more):
+        tried.append(url)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    place = tmp_path / "hub" / "checkpoints" / file
+    with pytest.raises(InputError, match="no route to host") as caught:
+        metrics.load_feature_network(name)
+    assert f"copy that file to {place}" in str(caught.value) and tried[0] in str(caught.value)
+    assert tried[0].startswith("https://") and tried[0].endswith(file)
+    for content in (b"", b"<html>not found</html>"):
+        place.write_bytes(content)
+        with pytest.raises(InputError, match="is damaged") as caught:
+            metrics.load_feature_network(name)
+        assert str(place) in str(caught.value)
+    torch.save({"conv.weight": torch.zeros(3)}, place)
+    with pytest.raises(InputError, match="does not hold the weights"):
+        metrics.load_feature_network(name)
+    assert len(tried) == 1
+
+
+def test_unknown_features():
+    with pytest.raises(InputError, match="unknown features 'inceptoin'"):
+        metrics.load_feature_network("inceptoin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation of the shapes data, by a classifier with random weights: what it says is of no matter, that it adds up is
+# ----------------------------------------------------------------------------------------------------------------------
+SIZE = 8
+HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+def write_judge(path, classes=None):
+    torch.manual_seed(0)
+    test = datasets.load("shapes", path.parent, "test", SIZE)
+    classes = classes or test.classes
+    network = ResNet32(len(classes), **HALF).train()
+    with torch.no_grad():
+        for _ in range(20):  # so that the batch norms know what they will see
+            network(test.images[::7] / 127.5 - 1)
+    save_classifier(path, network, "shapes", "reference", classes, SIZE, {"normalisation": HALF}, {"all": 0.25})
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_judge(folder / f"classifier-shapes-{SIZE}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples():
+    test = datasets.load("shapes", "unused", "test", SIZE)
+    return test.images[::4], test.labels[::4]  # 50 of each class, in order
+
+
+def shapes_result(data_dir, images, labels, **more):
+    return metrics.evaluate(images, labels, "shapeslt", data_dir, image_size=SIZE, **more)
+
+
+@torch.no_grad()
+def test_evaluate(data_dir, samples):
+    images, labels = samples
+    result = shapes_result(data_dir, images, labels, rho=10)
+    network = write_judge(data_dir / "the-same-again.pt")
+    real = datasets.load("shapes", data_dir, "reference", SIZE)
+    a, b = (network.features(x / 127.5 - 1).numpy() for x in (real.images, images))
+    seen = network(images / 127.5 - 1).argmax(1)
+    protocol = result["protocol"]
+    assert protocol["metric"] == "FD" and protocol["reference_images"] == 4000 and protocol["samples"] == 500
+    assert protocol["features"] == f"classifier:{data_dir}/classifier-shapes-8.pt" and protocol["rho"] == 10
+    assert result["all"]["fd"] == pytest.approx(by_sqrtm(a, b), rel=1e-2)
+    assert result["all"]["kl_to_uniform"] == pytest.approx(kl_to_uniform(seen, 10))
+    assert result["all"]["samples"] == 500 and result["all"]["inception_score"] > 1
+    mean, deviation, per_class = intra_fid(a, real.labels, b, labels)
+    assert result["all"]["intra_fd"] == pytest.approx(mean, rel=1e-2)
+    assert [row["fd"] for row in result["per_class"]] == pytest.approx(per_class, rel=1e-2)
+    # shapeslt falls from class 0 to 9, so thirds are 0-3, 4-6, 7-9
+    for group, classes in (("head", [0, 1, 2, 3]), ("middle", [4, 5, 6]), ("tail", [7, 8, 9])):
+        mine, theirs = np.isin(labels, classes), np.isin(real.labels, classes)
+        assert result[group]["samples"] == 50 * len(classes)
+        assert result[group]["fd"] == pytest.approx(by_symmetric_root(a[theirs], b[mine]), rel=1e-2)
+        assert result[group]["intra_fd"] == pytest.approx(np.mean(per_class[classes]), rel=1e-2)
+        assert result[group]["intra_fd_std"] == pytest.approx(np.std(per_class[classes]), rel=2e-2)
+        assert result[group]["recognised"] == pytest.approx((seen == labels)[mine].float().mean().item())
+    row = result["per_class"][9]
+    assert row["name"] == "vbars" and row["train_images"] == 100 and row["samples"] == 50
+    assert row["seen"] == (seen == 9).sum()
+    assert row["recognised"] == pytest.approx((seen[450:] == 9).float().mean().item())
+    assert row["effective_hues"] == pytest.approx(metrics.effective_hues(images[450:]))
+    assert row["reference_hues"] == pytest.approx(metrics.effective_hues(real.images[3600:3650]))
+    assert result["all"]["effective_hues"] == pytest.approx(np.mean([r["effective_hues"] for r in result["per_class"]]))
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_class_without_samples_is_missing_not_zero(data_dir, samples):
+    images, labels = samples
+    keep = (labels != 8) & (labels != 9) | (torch.arange(500) == 400)  # one sample of class 8, none of 9
+    result = shapes_result(data_dir, images[keep], labels[keep])
+    eight, nine = result["per_class"][8:]
+    assert nine["samples"] == 0 and nine["fd"] is nine["recognised"] is nine["effective_hues"] is None
+    assert eight["samples"] == 1 and eight["fd"] is None and eight["recognised"] in (0.0, 1.0)
+    assert result["tail"]["samples"] == 51 and result["tail"]["intra_fd"] == result["per_class"][7]["fd"]
+    only_head = labels < 4
+    result = shapes_result(data_dir, images[only_head], labels[only_head])
+    assert result["tail"] == dict.fromkeys(result["tail"]) | {"samples": 0}
+    assert "tail" in metrics.format_table(result)
+
+
+def test_samples_without_labels(data_dir, samples):
+    result = shapes_result(data_dir, samples[0], None)
+    labelled = shapes_result(data_dir, *samples)
+    for key in ("fd", "inception_score", "kl_to_uniform", "samples"):
+        assert result["all"][key] == labelled["all"][key] is not None
+    assert result["head"] == dict.fromkeys(result["head"]) and result["all"]["recognised"] is None
+    assert [row["seen"] for row in result["per_class"]] == [row["seen"] for row in labelled["per_class"]]
+    assert "no labels" in metrics.format_table(result) and "no labels" not in metrics.format_table(labelled)
+
+
+def test_is_does_not_depend_on_the_order_of_the_samples(data_dir, samples, monkeypatch):
+    """Class after class, each tenth would hold one class and score 1."""
+    _, labels = samples
+    images = (labels * 20)[:, None, None, None].expand(-1, 3, SIZE, SIZE).to(torch.uint8)
+
+    def forward(x):
+        p = F.one_hot((x[:, 0, 0, 0] // 20).long().clamp(max=9), 10).float()
+        return p, p
+
+    stand_in = metrics.FeatureNetwork("stand-in", "FD", "stand-in", forward, None)
+    monkeypatch.setattr(metrics, "load_feature_network", lambda *_: stand_in)
+    score = shapes_result(data_dir, images, labels, features="stand-in")["all"]["inception_score"]
+    assert inception_score(forward(images)[0])[0] == 1 and 8 < score < 10
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(image_size=16), "samples are 8 x 8 pixels and shapeslt 16 x 16"),
+    (dict(labels=torch.full((500,), 10)), "labels go from 10 to 10; shapeslt has the classes 0 to 9"),
+    (dict(labels=torch.full((500,), -1)), "labels go from -1 to -1"),
+    (dict(features="classifier:nowhere.pt"), "no classifier at nowhere.pt"),
+])  # fmt: skip
+def test_samples_that_do_not_fit(data_dir, samples, change, message):
+    arguments = dict(images=samples[0], labels=samples[1], dataset="shapeslt", data_dir=data_dir, image_size=SIZE)
+    with pytest.raises(InputError, match=message):
+        metrics.evaluate(**arguments | change)
+
+
+def test_a_classifier_of_other_classes_does_not_judge(data_dir, samples):
+    write_judge(data_dir / "other.pt", classes=["cat", "dog"])
+    with pytest.raises(InputError, match="other.pt is for .*2 classes.*wanted are 10 classes, disc"):
+        shapes_result(data_dir, *samples, features=f"classifier:{data_dir}/other.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reference features on disk
+# ----------------------------------------------------------------------------------------------------------------------
+class Counting:
+    """Stands in for a network; counts the images that it is shown."""
+
+    def __init__(self, fingerprint="weights", info=None):
+        self.shown = 0
+        self.network = metrics.FeatureNetwork("inception", "FD", fingerprint, self.forward, info)
+
+    def forward(self, x):
+        self.shown += len(x)
+        x = x.float().flatten(1)[:, :5]
+        return x, x.softmax(1)
+
+
+def test_reference_features_are_made_once(tmp_path):
+    real = datasets.load("shapes", tmp_path, "test", SIZE)
+
+    def shown(real, key="shapes-test", **network):
+        counting = Counting(**network)
+        features = metrics.reference_features(real, key, counting.network, tmp_path, "cpu", 300)
+        assert np.array_equal(features, real.images.flatten(1)[:, :5].float())
+        return counting.shown
+
+    path = tmp_path / "features" / "shapes-test-8-inception.npz"
+    assert shown(real) == 2000 and shown(real) == 0 and path.exists()
+    changed = datasets.ImageSet(real.images.clone(), real.labels, real.classes)
+    changed.images[7, 1, 2, 3] += 1
+    assert shown(changed) == 2000 and shown(changed) == 0  # other images under the same name
+    assert shown(changed, fingerprint="other weights") == 2000
+    assert shown(real, key="another") == 2000
+    path.write_bytes(path.read_bytes()[:-300])
+    assert shown(changed, fingerprint="other weights") == 2000  # damaged: made again
+    path.write_text("rubbish")
+    assert shown(changed, fingerprint="other weights") == 2000 and shown(changed, fingerprint="other weights") == 0
+    assert shown(real, fingerprint="a" * 64, info={}) == 2000  # classifiers do not push each other out
+    assert shown(real, fingerprint="b" * 64, info={}) == 2000 and shown(real, fingerprint="a" * 64, info={}) == 0
+
+
+def test_a_data_directory_that_cannot_be_written_to(tmp_path, capsys):
+    (tmp_path / "features").write_text("in the way")
+    real = datasets.load("shapes", tmp_path, "test", SIZE)
+    features = metrics.reference_features(real, "shapes", Counting().network, tmp_path, "cpu", 300)
+    assert len(features) == 2000 and "not kept" in capsys.readouterr().out
+
+
+def test_balanced_and_long_tailed_sets_share_their_reference(tmp_path, samples, monkeypatch):
+    write_judge(tmp_path / f"classifier-shapes-{SIZE}.pt")
+    monkeypatch.setattr(metrics, "extract_features", lambda images, *_: [images.flatten(1)[:, :5].double().numpy()] * 2)
+    shapes_result(tmp_path, *samples, rho=10)
+    metrics.evaluate(*samples, "shapes", tmp_path, image_size=SIZE)
+    (found,) = (tmp_path / "features").iterdir()
+    assert found.name.startswith("shapes-reference-8-classifier-")
+    shapes_result(tmp_path, *samples, rho=10, reference="train")
+    shapes_result(tmp_path, *samples, rho=20, reference="train")
+    names = {p.name.split("-classifier")[0] for p in (tmp_path / "features").iterdir()}
+    assert names == {"shapes-reference-8", "shapeslt-train-rho10-8", "shapeslt-train-rho20-8"}
+    assert metrics.reference_key("folder:/my pictures/x", "train", None) == "folder-my-pictures-x-train"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples files, output, command line
+# ----------------------------------------------------------------------------------------------------------------------
+def test_load_samples(tmp_path):
+    images, labels = rng.integers(0, 256, (5, 4, 6, 3), dtype=np.uint8), np.arange(5, dtype=np.int32)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    np.savez(tmp_path / "b.npz", images, labels)
+    for name in ("a.npz", "b.npz"):
+        found, found_labels = metrics.load_samples(tmp_path / name)
+        assert found.shape == (5, 3, 4, 6) and np.array_equal(found.permute(0, 2, 3, 1), images)
+        assert found_labels.dtype == torch.int64 and found_labels.tolist() == [0, 1, 2, 3, 4]
+    np.savez(tmp_path / "c.npz", images=images)
+    assert metrics.load_samples(tmp_path / "c.npz")[1] is None
+
+
+GOOD = np.zeros((5, 4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no samples at"),
+    (b"text", "is not a samples file, or damaged"),
+    (dict(pictures=GOOD), "has neither images nor arr_0"),
+    (dict(images=GOOD.astype(np.float32)), r"images are float32 \(5, 4, 4, 3\)"),
+    (dict(images=GOOD.transpose(0, 3, 1, 2)), r"images are uint8 \(5, 3, 4, 4\)"),
+    (dict(images=GOOD[0]), r"images are uint8 \(4, 4, 3\)"),
+    (dict(images=GOOD[:1]), r"images are uint8 \(1, 4, 4, 3\)"),
+    (dict(images=GOOD, labels=np.zeros(4, int)), r"labels are int64 \(4,\), not integers \(5,\)"),
+    (dict(images=GOOD, labels=np.zeros(5)), "labels are float64"),
+    (dict(images=GOOD, labels=np.array([None] * 5)), "is not a samples file, or damaged"),
+])  # fmt: skip
+def test_samples_files_that_make_no_sense(tmp_path, content, message):
+    path = tmp_path / "s.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.savez(path, **content)
+    with pytest.raises(InputError, match=message) as caught:
+        metrics.load_samples(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_table_names_the_distance_for_what_it_is(data_dir, samples):
+    result = shapes_result(data_dir, *samples)
+    for metric in ("FD", "FID", "FID(torchvision)"):
+        result["protocol"]["metric"] = metric
+        lines = metrics.format_table(result).splitlines()
+        assert lines[0].startswith("500 samples against 4000 images (shapeslt, reference split, 8 pixels); features cl")
+        assert lines[1].split()[1:3] == [metric, f"intra-{metric}"]
+        assert [line.split()[0] for line in lines[2:]] == ["all", "head", "middle", "tail"]
+        cells = lines[2].split()
+        assert cells[1] == "500" and float(cells[2]) == pytest.approx(result["all"]["fd"], rel=1e-3)
+    lines = metrics.format_table(result, per_class=True).splitlines()
+    assert lines[-1].split()[:3] == ["vbars", "10", "50"]
+
+
+def test_command_line(run_script, data_dir, samples):
+    images = samples[0].permute(0, 2, 3, 1).numpy()
+    np.savez(data_dir / "samples.npz", images=images, labels=samples[1].numpy())
+    arguments = ("samples.npz", "--dataset", "shapeslt", "--data-dir", ".", "--image-size", SIZE)
+    done = run_script("metrics.py", *arguments, "--per-class", cwd=data_dir)
+    assert done.returncode == 0, done.stderr
+    assert "500 samples against 4000 images" in done.stdout and "crescent" in done.stdout
+    result = json.loads((data_dir / "samples-metrics.json").read_text())
+    expected = shapes_result(data_dir, *samples)
+    assert result["all"]["fd"] == pytest.approx(expected["all"]["fd"], rel=1e-3)
+    with open(data_dir / "samples-per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row["name"] for row in expected["per_class"]]
+    assert float(rows[3]["fd"]) == pytest.approx(result["per_class"][3]["fd"]) and rows[3]["samples"] == "50"
+
+    assert metrics.write_scores(expected, data_dir) == [data_dir / "metrics.json", data_dir / "per_class.csv"]
+    assert json.loads((data_dir / "metrics.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "shapes"], "required: samples"),
+    (["missing.npz", "--dataset", "shapes"], "no samples at missing.npz"),
+    (["s.npz", "--dataset", "shapes", "--batch-size", "0"], "--batch-size 0"),
+    (["s.npz", "--dataset", "shopes"], "unknown data set"),
+])  # fmt: skip
+def test_command_line_errors_are_one_line(run_script, tmp_path, arguments, message):
+    np.savez(tmp_path / "s.npz", images=GOOD)
+    done = run_script("metrics.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("metrics.py: error: ") and done.stderr.count("\n") == 1
