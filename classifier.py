@@ -27,7 +27,6 @@ import json
 import math
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from datasets import InputError, atomic_write
+from datasets import InputError, atomic_write, fail, pick_device, run_command, use_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -277,7 +276,7 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
 def run_name(dataset, split, image_size, rho, seed, changed=()):
     """Name of a run: the data, and `changed`, the (setting, value) pairs that differ from the recipe."""
     parts = ["classifier", dataset.replace("/", "_").replace(":", "_"), f"{image_size}px"]
-    if dataset in ("shapeslt", "cifar10lt", "cifar100lt"):
+    if dataset in datasets.LONG_TAILED:
         parts.append(f"rho{datasets.DEFAULT_RHO if rho is None else rho:g}")
     if split != "train":
         parts.append(split)
@@ -293,7 +292,7 @@ def train_and_save(path, dataset, data_dir, split, image_size, rho, seed, device
     network = train_classifier(train_set, settings, seed, device, use_bf16(amp, torch.device(device)), log)
     shares = accuracy(network, test_set, train_counts, device)
     size = train_set.images.shape[-1]
-    save_classifier(path, network, dataset, split, train_set.classes, size, settings, shares)
+    save_classifier(path, network, dataset, split, train_set.classes, size, {**settings, "seed": seed}, shares)
     recognised = ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items())
     tqdm.write(f"Wrote {path}; accuracy on the test images: {recognised}.")
 
@@ -301,10 +300,6 @@ def train_and_save(path, dataset, data_dir, split, image_size, rho, seed, device
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
-def fail(message):
-    raise InputError(message)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="Train the ResNet-32 that judges samples and guides the GANs.")
     parser.error = fail  # one line where argparse would print the usage too
@@ -332,26 +327,6 @@ def parse_args():
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
     return args
-
-
-def pick_device(name):
-    """ "auto": CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except Exception as error:
-        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
-def use_bf16(choice, device):
-    """Whether to compute in bfloat16: "auto" is where the hardware multiplies it faster than float32."""
-    if choice != "auto":
-        return choice == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def main():
@@ -382,8 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"classifier.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -19,7 +19,7 @@ Splits
     test        held-out images, balanced
 
 CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8, labels (N,)
-int64, classes (K,) str. Afterwards nothing else is read: copy that file to a machine without a network and it works there.
+int64, classes (K,) str. Afterwards nothing else is read: copied to a machine without a network, that file is enough.
 Every image stays in memory (CIFAR: 150 MB), which makes a batch one indexing operation: no worker processes, no queue.
 """
 
@@ -40,15 +40,16 @@ from tqdm import tqdm
 
 CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb")
 NAMES = ("shapes", "shapeslt", *CIFAR_NAMES, "folder:PATH")
+LONG_TAILED = ("shapeslt", "cifar10lt", "cifar100lt")  # those with a --rho
 SPLITS = ("train", "reference", "test")
 DEFAULT_RHO = 100  # head class / tail class; "imb = 0.01" in Cao et al. 2019 and CBDM, the headline setting of both
-SMALLEST_SIZE, LARGEST_SIZE, LARGEST_SHAPES = 8, 1024, 128  # pixels; shapes: 128 takes minutes and 2 GB already
+SMALLEST_SIZE, LARGEST_SIZE, LARGEST_SHAPES = 8, 1024, 128  # pixels; shapes at 128: 40 s, 1.5 GB
 
 
 class InputError(Exception):
     """Something the person at the keyboard can mend. One line: what is wrong, with which file, what to do.
 
-    Scripts catch it, print `<script>: error: <line>` to stderr and exit with status 2.
+    `run_command` prints it as `<script>: error: <line>` and exits with status 2.
     """
 
     def __init__(self, message):
@@ -116,7 +117,7 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
         raise InputError(f"unknown data set {name!r}; {hint}")
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    long_tailed = name in ("shapeslt", "cifar10lt", "cifar100lt")
+    long_tailed = name in LONG_TAILED
     if rho is not None and not long_tailed:
         raise InputError(f"{name} has no imbalance ratio to set; rho goes with shapeslt, cifar10lt and cifar100lt")
     rho = DEFAULT_RHO if rho is None else rho
@@ -171,8 +172,8 @@ def long_tailed_counts(n_max, num_classes, rho):
 def softlabel_gan_counts(num_classes):
     """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class) or CIFAR-100 (2993 images, 6 to 36 a class).
 
-    Softlabel-GAN, official datasets.py: 5000 times the probability that a log-normal (s=3; K = 10) or chi-squared (df=3;
-    K = 100) variable falls into each of K equal bins on [0, 3], rounded down; then a fixed permutation of the classes.
+    Softlabel-GAN, official datasets.py: 5000 times the probability that a log-normal (s=3; K = 10) or chi-squared
+    (df=3; K = 100) variable falls into each of K equal bins on [0, 3], rounded down; then a fixed permutation of them.
     """
     import scipy.stats  # here, because it takes a second to import and only these two sets need it
 
@@ -192,7 +193,7 @@ def subset(labels, counts, random_state=None):
     for c, n_c in enumerate(counts):
         of_class = np.where(labels == c)[0]
         if len(of_class) < n_c:
-            raise InputError(f"class {c} needs {n_c} images and the prepared file has {len(of_class)}; is it the full set?")
+            raise InputError(f"class {c} needs {n_c} images, the prepared file has {len(of_class)}; is it complete?")
         if random_state is not None:
             random_state.shuffle(of_class)
         keep.append(of_class[:n_c])
@@ -355,7 +356,8 @@ def list_folder(root, split):
         of_class = sorted(f for f in (root / split / name).iterdir()
                           if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
         if not of_class:
-            raise InputError(f"{root / split / name} has no images ({' '.join(IMAGE_SUFFIXES)}); add some, or remove it")
+            kinds = " ".join(IMAGE_SUFFIXES)
+            raise InputError(f"{root / split / name} has no images ({kinds}); add some, or remove the directory")
         files += of_class
         labels += [c] * len(of_class)
     return np.array(classes), files, np.array(labels, dtype=np.int64)
@@ -405,7 +407,8 @@ def heart(x, y):
     return body * body * body < u * u * v * v * v
 
 
-# Head to tail. Each function takes coordinates in the frame of the shape (x right, y up) and says which points are inside.
+# Head to tail. Each function takes coordinates in the frame of the shape (x right, y up), and tells which are inside.
+# Each class is its own mirror image, so that a method may flip images left to right here as it does on CIFAR.
 # All shapes lie in the unit disc, so that the largest scale and offset together (.75 + .2) stay within the picture.
 SHAPES = {
     "disc": lambda x, y: x * x + y * y < 0.85**2,
@@ -415,7 +418,7 @@ SHAPES = {
     "plus": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.27) & (np.maximum(np.abs(x), np.abs(y)) < 0.95),
     "star": star,
     "heart": heart,
-    "crescent": lambda x, y: (x * x + y * y < 0.95**2) & ((x - 0.5) ** 2 + y * y > 0.75**2),
+    "crescent": lambda x, y: (x * x + y * y < 0.95**2) & (x * x + (y - 0.5) ** 2 > 0.75**2),  # open at the top
     "hbars": lambda x, y: (np.abs(x) < 0.7) & (np.abs(np.abs(y) - 0.48) < 0.22),
     "vbars": lambda x, y: (np.abs(y) < 0.7) & (np.abs(np.abs(x) - 0.48) < 0.22),
 }
@@ -427,8 +430,8 @@ def draw_shapes(split, size, rho, seed, narrow_hues):
 
     Ours, so that a first look needs no download. Colour, ground, place, scale and rotation say nothing about the class,
     with one exception: with narrow_hues, the *training* images of class c take their hues from an arc that narrows
-    linearly from the full circle (head) to a quarter of it (tail). So a tail class lacks variety as well as images, which
-    a method that shares knowledge between classes can bring back; the reference has every hue in every class.
+    linearly from the full circle (head) to a quarter of it (tail). So a tail class lacks variety as well as images,
+    which a method that shares knowledge between classes can bring back; the reference has every hue in every class.
     """
     train = split == "train"
     counts = long_tailed_counts(SHAPES_PER_CLASS[split], len(SHAPES), rho if train else 1)
@@ -537,6 +540,43 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# For every command line
+# ----------------------------------------------------------------------------------------------------------------------
+def fail(message):
+    """Raises InputError; as `parser.error` it makes argparse say one line where it would print the usage too."""
+    raise InputError(message)
+
+
+def run_command(main):
+    """Calls main(); what the person at the keyboard can mend ends as one line on stderr and status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name):
+    """torch.device of a name; "auto" is CUDA, then MPS, then the CPU. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:
+        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def use_bf16(choice, device):
+    """Whether to compute in bfloat16. "auto": where the hardware multiplies it faster than float32, "bf16", "off"."""
+    if choice != "auto":
+        return choice == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # python datasets.py NAME
 # ----------------------------------------------------------------------------------------------------------------------
 def table(classes, counts):
@@ -556,9 +596,9 @@ def picture(data, rows=10, columns=10, tile=48, bar=200):
     """
     order = head_to_tail(data.counts)
     order = order[np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(int)]
-    size, gap, left, right = data.images.shape[-1], 2, 130, 70  # pixels: left of the images the name, right of a bar its number
+    size, left, right = data.images.shape[-1], 130, 70  # pixels: the name left of the images, the count right of a bar
     zoom = max(1, round(tile / size))
-    pitch = size * zoom + gap
+    pitch = size * zoom + 2
     start = left + columns * pitch + 6
     sheet = Image.new("RGB", (start + bar + right, len(order) * pitch), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -577,12 +617,6 @@ def picture(data, rows=10, columns=10, tile=48, bar=200):
     return sheet
 
 
-def fail(message):
-    """One line on stderr, status 2: for what the person at the keyboard can mend."""
-    print(f"datasets.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare and describe a data set.", allow_abbrev=False)
     parser.error = fail
@@ -592,17 +626,15 @@ def main():
     parser.add_argument("--image-size", type=int, help="pixels (default: 16 for shapes, else 32)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: <data-dir>/<name>.png)")
     args = parser.parse_args()
-    try:
-        train, reference = (load(args.name, args.data_dir, s, args.image_size, args.rho) for s in ("train", "reference"))
-        size, counts, there = train.images.shape[-1], train.counts, SPLITS
-        if args.name.startswith("folder:"):  # the one kind of data set that may do without a test split
-            there = folder_splits(folder_root(args.name.removeprefix("folder:")), Path(args.data_dir), size)
-        tests = len(load(args.name, args.data_dir, "test", size, args.rho).labels) if "test" in there else 0
-        out = Path(args.out or Path(args.data_dir) / f"{args.name.replace('/', '_').replace(':', '_')}.png")
-        with atomic_write(out) as file:
-            picture(train).save(file, format="PNG")
-    except InputError as error:
-        fail(error)
+    train = load(args.name, args.data_dir, "train", args.image_size, args.rho)
+    reference = load(args.name, args.data_dir, "reference", args.image_size, args.rho)
+    size, counts, there = train.images.shape[-1], train.counts, SPLITS
+    if args.name.startswith("folder:"):  # the one kind of data set that may do without a test split
+        there = folder_splits(folder_root(args.name.removeprefix("folder:")), Path(args.data_dir), size)
+    tests = len(load(args.name, args.data_dir, "test", args.image_size, args.rho).labels) if "test" in there else 0
+    out = Path(args.out or Path(args.data_dir) / f"{args.name.replace('/', '_').replace(':', '_')}.png")
+    with atomic_write(out) as file:
+        picture(train).save(file, format="PNG")
     print(f"{args.name}, from head to tail:", *table(train.classes, counts), sep="\n")
     print(f"{len(counts)} classes, {counts.sum():,d} training images of {size} x {size} pixels, "
           f"{counts.max():,d} to {counts.min():,d} a class: imbalance ratio {counts.max() / counts.min():.4g}")
@@ -611,4 +643,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,7 +31,6 @@ import io
 import json
 import math
 import re
-import sys
 import typing
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 import datasets
 from classifier import frozen_classifier, load_classifier
-from datasets import InputError, atomic_write
+from datasets import InputError, atomic_write, fail, pick_device, run_command
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Features
@@ -433,7 +432,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     raises      InputError
     """
     images, labels = torch.as_tensor(images), None if labels is None else torch.as_tensor(labels)
-    if rho is None and dataset in ("shapeslt", "cifar10lt", "cifar100lt"):
+    if rho is None and dataset in datasets.LONG_TAILED:
         rho = datasets.DEFAULT_RHO
     real = datasets.load(dataset, data_dir, reference, image_size, rho, seed)
     train_counts = datasets.load(dataset, data_dir, "train", image_size, rho, seed).counts
@@ -557,10 +556,6 @@ def write_scores(result, where):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
-def fail(message):
-    raise InputError(message)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="Scores of a file of samples, from head to tail.")
     parser.error = fail  # one line where argparse would print the usage too
@@ -588,17 +583,6 @@ def parse_args():
     return args
 
 
-def pick_device(name):
-    """ "auto": CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except Exception as error:
-        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
 def main():
     args = parse_args()
     images, labels = load_samples(args.samples)
@@ -614,8 +598,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"metrics.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -27,7 +27,7 @@ ALPHA_BAR = cbdm.LINEAR
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 TINY = ["--dataset", "shapeslt", "--channels", "32", "--multipliers", "1", "1", "--attention-level", "1",
-        "--batch-size", "8", "--steps", "3", "--sample-every", "0", "--eval-images", "0"]
+        "--batch-size", "8", "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0"]
 
 
 def lively(num_classes=5, channels=32, multipliers=(1, 2), dropout=0.0, seed=0):
@@ -495,7 +495,7 @@ def test_tau_zero_is_ddpm(tmp_path):
     args = cbdm.parse_settings(run)
     torch.manual_seed(args.seed)
     model = cbdm.UNet(10, args.channels, args.multipliers, args.blocks, args.attention_level, args.dropout)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2))
     batches = datasets.Batches(datasets.load("shapeslt", "data"), args.batch_size, flip=True, device="cpu", seed=args.seed)
     for step in range(5):
         x, y = next(batches)
@@ -537,8 +537,9 @@ def test_fine_tuning_across_class_counts(tmp_path):
 
 def test_each_option_of_the_method_trains(tmp_path):
     """Two steps with each: the losses logged are finite, and gamma 0 and tau 0 do what they say."""
-    for i, flags in enumerate((["--gamma", "0"], ["--label-set", "bal"], ["--label-set", "sqrt"], ["--resample", "uniform"],
-                               ["--resample", "sqrt"], ["--drop-whole-batch"], ["--drop-rate", "1"])):
+    for i, flags in enumerate((["--gamma", "0"], ["--regularise-after", "0.5"], ["--label-set", "bal"], ["--label-set", "sqrt"],
+                               ["--resample", "uniform"], ["--resample", "sqrt"], ["--drop-whole-batch"],
+                               ["--drop-rate", "1"])):
         cbdm.main([*TINY, *flags, "--steps", "2", "--run-dir", str(tmp_path / str(i))])
         row = log_of(tmp_path / str(i))[-1]
         assert math.isfinite(row["L_DM"]) and row["L_r"] >= 0

@@ -174,6 +174,7 @@ def test_the_judge_is_right(judge, data_dir):
     assert judge.info["test_accuracy"]["all"] == pytest.approx(right, abs=1e-3)
     assert judge.info["path"] == str(data_dir / "classifier-shapes-16.pt")
     assert judge.info["split"] == "reference" and judge.info["classes"] == test.classes
+    assert judge.info["settings"]["seed"] == 0  # the same judge whatever the seed of the run that asks for it
 
 
 def test_the_judge_is_frozen_but_lets_gradients_through(judge):

@@ -2,6 +2,7 @@ import colorsys
 import csv
 import json
 import math
+import time
 import urllib.error
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_intra_fid_is_a_distance_for_each_class():
     assert math.isnan(alone[0]) and math.isnan(alone[1]) and np.isnan(alone[2]).all()
 
 
+def test_intra_fid_of_many_small_classes_is_quick():
+    """100 classes of 50 images in 2,048 dimensions: 0.2 s. With a D x D matrix for each class it would be minutes."""
+    real, fake = rng.standard_normal((2, 5000, 2048), dtype=np.float32)
+    labels = np.arange(5000) % 100
+    start = time.perf_counter()
+    _, _, per_class = intra_fid(real, labels, fake, labels)
+    assert time.perf_counter() - start < 5 and per_class.min() > 0
+
+
 @pytest.mark.parametrize("labels", [np.zeros(49, int), np.zeros(50), np.full(50, -1), np.zeros((50, 1), int)])
 def test_intra_fid_refuses_labels_that_do_not_match(labels):
     with pytest.raises(ValueError, match="fake: wanted are 50 class indices"):
@@ -194,22 +204,30 @@ def test_effective_hues():
 # ----------------------------------------------------------------------------------------------------------------------
 # Inception
 # ----------------------------------------------------------------------------------------------------------------------
-def random_inception(num_classes, aux_logits):
-    """Weights of the right names and shapes, with batch norms that are not the identity."""
+def random_inception(num_classes):
+    """torchvision's network with random weights; batch norms that have seen data, so that the features depend on it."""
     from torchvision.models import inception_v3
 
     torch.manual_seed(0)
-    network = inception_v3(num_classes=num_classes, aux_logits=aux_logits, init_weights=False)
+    network = inception_v3(num_classes=num_classes, aux_logits=False, init_weights=False).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias)
+            module.momentum = 1.0  # the statistics of the next batch
     torch.nn.init.normal_(network.fc.bias)
+    with torch.no_grad():
+        network(F.interpolate(torch.rand(4, 3, 8, 8), 200, mode="bilinear") * 2 - 1)
     return network.eval()
 
 
 @pytest.fixture(scope="module")
-def torch_home(tmp_path_factory):
+def networks():
+    return {num_classes: random_inception(num_classes) for num_classes in (1000, 1008)}
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory, networks):
     """A TORCH_HOME in which both networks' weights lie under their published names."""
     from torchvision.models import Inception_V3_Weights
 
@@ -218,13 +236,16 @@ def torch_home(tmp_path_factory):
         patch.setenv("TORCH_HOME", str(home))
         folder = home / "hub" / "checkpoints"
         folder.mkdir(parents=True)
-        # The published file has no counters of batches, nor an auxiliary head; torchvision's has both.
-        weights = random_inception(1008, aux_logits=False).state_dict()
-        weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+        # The 2015 file has no counters of batches and no auxiliary head; torchvision's has a head.
+        weights = {k: v for k, v in networks[1008].state_dict().items() if not k.endswith("num_batches_tracked")}
         torch.save(weights, folder / "pt_inception-2015-12-05-6726825d.pth")
-        name = Inception_V3_Weights.IMAGENET1K_V1.url.split("/")[-1]
-        torch.save(random_inception(1000, aux_logits=True).state_dict(), folder / name)
+        head = {"AuxLogits.conv0.conv.weight": torch.zeros(128, 768, 1, 1), "AuxLogits.fc.bias": torch.zeros(1000)}
+        torch.save(networks[1000].state_dict() | head, folder / Inception_V3_Weights.IMAGENET1K_V1.url.split("/")[-1])
         yield home
+
+
+def close(a, b):
+    return (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
 def mean_inside(x):
@@ -241,8 +262,8 @@ def maximum_inside(x):
 
 
 @torch.no_grad()
-def test_the_fid_network_pools_as_published(torch_home):
-    ours, plain = metrics.load_fid_inception(), random_inception(1008, aux_logits=False)
+def test_the_fid_network_pools_as_published(torch_home, networks):
+    ours, plain = metrics.load_fid_inception(), networks[1008]
     blocks = {"5b": (192, mean_inside), "5c": (256, mean_inside), "5d": (288, mean_inside), "6b": (768, mean_inside),
               "6c": (768, mean_inside), "6d": (768, mean_inside), "6e": (768, mean_inside), "7b": (1280, mean_inside),
               "7c": (2048, maximum_inside)}  # fmt: skip
@@ -252,11 +273,11 @@ def test_the_fid_network_pools_as_published(torch_home):
         branch = theirs.branch_pool(pool(x))
         found, usual = mine(x), theirs(x)
         rest = found.shape[1] - branch.shape[1]
-        assert torch.allclose(found[:, :rest], usual[:, :rest], atol=1e-5), name  # the other branches, as they were
-        assert torch.allclose(found[:, rest:], branch, atol=1e-4), name
-        assert not torch.allclose(found[:, rest:], usual[:, rest:], atol=1e-2), name  # so the change is one
+        assert close(found[:, :rest], usual[:, :rest]), name  # the other branches, as they were
+        assert close(found[:, rest:], branch), name
+        assert not close(found[:, rest:], usual[:, rest:]), name
     x = torch.randn(1, 288, 7, 7)
-    assert torch.allclose(ours.Mixed_6a(x), plain.Mixed_6a(x), atol=1e-5)
+    assert close(ours.Mixed_6a(x), plain.Mixed_6a(x))
 
 
 def resized_by_hand(images):
@@ -270,23 +291,27 @@ def resized_by_hand(images):
 
 
 @torch.no_grad()
-def test_inception_features(torch_home):
+def test_inception_features(torch_home, networks):
     """torchvision's own network on images resized by hand: its pooled features and probabilities."""
-    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 8, 8), dtype=np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 8, 6), dtype=np.uint8))
+    large = torch.from_numpy(rng.integers(0, 256, (1, 3, 420, 310), dtype=np.uint8))  # shrinks: no antialiasing either
+    for x in (images, large):
+        assert torch.allclose(metrics.to_inception(x), resized_by_hand(x), atol=1e-3)
     network = metrics.load_feature_network("inception")
     found, probabilities = metrics.extract_features(images, network, batch_size=2)
-    plain = random_inception(1000, aux_logits=True)
     pooled = []
-    plain.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1)))
-    logits = plain(resized_by_hand(images))
+    hook = networks[1000].avgpool.register_forward_hook(lambda m, x, output: pooled.append(output.flatten(1).numpy()))
+    logits = networks[1000](resized_by_hand(images))
+    hook.remove()
     assert found.shape == (3, 2048) and found.dtype == np.float32 and probabilities.shape == (3, 1000)
-    assert np.allclose(found, pooled[0].numpy(), rtol=1e-3, atol=1e-3 * found.std())
+    differ = np.abs(pooled[0][0] - pooled[0][1]).mean()  # between images: what the comparison has to be finer than
+    assert np.abs(found - pooled[0]).mean() < 0.01 * differ
     assert np.allclose(probabilities, logits.softmax(1).numpy(), atol=1e-4)
     assert network.metric == "FID(torchvision)"
 
 
 @torch.no_grad()
-def test_fid_probabilities_have_no_bias(torch_home):
+def test_fid_probabilities_have_no_bias(torch_home, networks):
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8))
     network = metrics.load_feature_network("inception-fid")
     torch.manual_seed(5)
@@ -294,7 +319,7 @@ def test_fid_probabilities_have_no_bias(torch_home):
     metrics.load_fid_inception()
     assert torch.equal(before, torch.get_rng_state())  # a training run that stops for its scores goes on unchanged
     found, probabilities = metrics.extract_features(images, network)
-    last = random_inception(1008, aux_logits=False).fc
+    last = networks[1008].fc
     assert found.shape == (2, 2048) and network.metric == "FID"
     assert np.allclose(probabilities, (torch.from_numpy(found) @ last.weight.T).softmax(1).numpy(), atol=1e-5)
     assert not np.allclose(probabilities, last(torch.from_numpy(found)).softmax(1).numpy(), atol=1e-4)
@@ -573,7 +598,9 @@ def test_the_table_names_the_distance_for_what_it_is(data_dir, samples):
         cells = lines[2].split()
         assert cells[1] == "500" and float(cells[2]) == pytest.approx(result["all"]["fd"], rel=1e-3)
     lines = metrics.format_table(result, per_class=True).splitlines()
-    assert lines[-1].split()[:3] == ["vbars", "10", "50"]
+    assert lines[-1].split()[:3] == ["vbars", "10", "50"] and lines[-11].split()[:3] == ["train", "images", "samples"]
+    column = lines[-11].split().index("seen") - 1  # "train images" are two words
+    assert lines[-1].split()[column] == str(result["per_class"][9]["seen"])
 
 
 def test_command_line(run_script, data_dir, samples):

@@ -1,0 +1,705 @@
+"""datasets.py: which images, in which order, with which errors. Nothing is downloaded; fake CIFAR files stand in."""
+
+import colorsys
+import hashlib
+import io
+import os
+import pickle
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from datasets import Batches, ImageSet, InputError, atomic_write, head_to_tail, load, thirds
+
+SIZE = 8  # side of the fake images: small, so that 50,000 of them are quick
+CIFAR10LT = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+SHAPESLT = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
+
+
+def numbered(n, size=SIZE):
+    """(n, size, size, 3) uint8: the first pixel of image i holds the number i, so that a subset shows its origin."""
+    images = np.zeros((n, size, size, 3), np.uint8)
+    i = np.arange(n)
+    images[:, 0, 0] = np.stack([i % 256, i // 256 % 256, i // 65536], axis=1)
+    return images
+
+
+def numbers(images):
+    """The numbers of (N, 3, H, W) images made by numbered()."""
+    return (images[:, :, 0, 0].long() * torch.tensor([1, 256, 65536])).sum(1).numpy()
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A data directory with numbered images as CIFAR, classes in mixed order, as in the original files."""
+    where = tmp_path_factory.mktemp("cifar")
+    for source, k in (("cifar10", 10), ("cifar100", 100)):
+        for split, n in (("train", 50_000), ("test", 10_000)):
+            labels = np.random.RandomState(k + n).permutation(np.repeat(np.arange(k), n // k))
+            classes = np.array([f"class {c}" for c in range(k)])
+            np.savez(where / f"{source}-{split}-{SIZE}.npz", images=numbered(n), labels=labels, classes=classes)
+    return where
+
+
+def file_labels(cifar, source):
+    with np.load(cifar / f"{source}-train-{SIZE}.npz") as file:
+        return file["labels"]
+
+
+# Long-tailed CIFAR ----------------------------------------------------------------------------------------------------
+def test_counts_of_the_papers(cifar):
+    lt10, lt100 = (load(name, cifar, image_size=SIZE) for name in ("cifar10lt", "cifar100lt"))
+    assert lt10.counts.tolist() == CIFAR10LT and len(lt10.labels) == 12_406
+    assert len(lt100.labels) == 10_847
+    assert lt100.counts[[0, 40, 53, 62, 94, 96, 97, 98, 99]].tolist() == [500, 77, 42, 27, 6, 5, 5, 5, 5]
+    assert lt10.images.dtype == torch.uint8 and lt10.images.shape == (12_406, 3, SIZE, SIZE)
+    assert lt10.labels.dtype == torch.int64 and lt10.counts.dtype == torch.int64
+    assert lt100.classes[99] == "class 99" and len(lt100.classes) == 100
+
+
+@pytest.mark.parametrize("name, k", [("cifar10lt", 10), ("cifar100lt", 100)])
+def test_long_tailed_subset_is_the_one_of_ldam(cifar, name, k):
+    """As LDAM-DRW's imbalance_cifar.py goes about it: the global generator, seeded with 0, class by class."""
+    targets = file_labels(cifar, name.removesuffix("lt"))
+    saved = np.random.get_state()
+    np.random.seed(0)
+    expected = []
+    for c in np.unique(targets):
+        idx = np.where(targets == c)[0]
+        np.random.shuffle(idx)
+        expected.extend(idx[: int(50_000 / k * 0.01 ** (c / (k - 1.0)))])
+    np.random.set_state(saved)
+
+    data = load(name, cifar, image_size=SIZE)
+    assert numbers(data.images).tolist() == expected
+    assert data.labels.tolist() == targets[expected].tolist()
+    assert len(set(expected)) == len(expected)
+
+
+def test_rho_and_seed(cifar):
+    assert load("cifar10lt", cifar, image_size=SIZE, rho=1).counts.tolist() == [5000] * 10
+    ten = load("cifar10lt", cifar, image_size=SIZE, rho=10).counts
+    assert (ten[0], ten[9]) == (5000, 500) and (ten[:-1] > ten[1:]).all()
+    assert load("cifar100lt", cifar, image_size=SIZE, rho=500).counts.min() == 1
+
+    zero, one = (load("cifar100lt", cifar, image_size=SIZE, seed=seed) for seed in (0, 1))
+    assert zero.counts.tolist() == one.counts.tolist()
+    assert set(numbers(zero.images)) != set(numbers(one.images))
+    assert len(set(numbers(one.images))) == 10_847
+
+
+@pytest.mark.parametrize("rho", [0.99, 0, -3, float("nan"), float("inf"), 501])
+def test_rho_out_of_range(cifar, rho):
+    with pytest.raises(InputError, match="rho"):
+        load("cifar100lt", cifar, image_size=SIZE, rho=rho)
+
+
+def test_reference_and_test_splits(cifar):
+    for name in ("cifar10", "cifar10lt"):  # the protocol of CBDM: the balanced training images
+        assert numbers(load(name, cifar, "reference", SIZE, seed=5).images).tolist() == list(range(50_000))
+    imbalanced = load("cifar10imb", cifar, "reference", SIZE)  # Softlabel-GAN: the test images
+    test = load("cifar10imb", cifar, "test", SIZE)
+    assert len(imbalanced.labels) == 10_000 and torch.equal(imbalanced.labels, test.labels)
+    assert load("cifar100lt", cifar, "test", SIZE, rho=50).counts.tolist() == [100] * 100
+
+
+def test_imbalanced_cifar_of_softlabel_gan(cifar):
+    ten, hundred = (load(name, cifar, image_size=SIZE) for name in ("cifar10imb", "cifar100imb"))
+    assert ten.counts.tolist() == [267, 99, 441, 191, 85, 1720, 65, 147, 119, 74]  # 99, not 100: 99.9985 rounded down
+    assert hundred.counts[:10].tolist() == [26, 36, 33, 34, 35, 28, 24, 31, 29, 32]
+    assert len(hundred.labels) == 2993 and hundred.counts.max() == 36
+    assert hundred.counts.argmin() == 96 and hundred.counts[96] == 6 and hundred.counts[71] == 12
+    first_of_each = [np.flatnonzero(file_labels(cifar, "cifar10") == c)[:n] for c, n in enumerate(ten.counts)]
+    assert numbers(ten.images).tolist() == np.concatenate(first_of_each).tolist()
+
+
+def test_a_file_with_too_few_images(tmp_path):
+    np.savez(tmp_path / f"cifar10-train-{SIZE}.npz", images=numbered(100), labels=np.arange(100) % 10,
+             classes=np.array(list("abcdefghij")))
+    with pytest.raises(InputError, match="class 0 needs 267 images"):
+        load("cifar10imb", tmp_path, image_size=SIZE)
+
+
+def test_nobody_elses_random_numbers_are_touched(cifar):
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    for name in ("cifar10lt", "cifar100imb"):
+        next(Batches(load(name, cifar, image_size=SIZE), 8, "sqrt", flip=True))
+    load("shapeslt", cifar)
+    assert (np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)
+
+
+# Names and arguments --------------------------------------------------------------------------------------------------
+def test_unknown_names_are_answered_with_known_ones(tmp_path):
+    with pytest.raises(InputError, match="'cifar100tl'.*did you mean cifar100lt"):
+        load("cifar100tl", tmp_path)
+    with pytest.raises(InputError, match="cifar10imb.*folder:PATH"):
+        load("zzz", tmp_path)
+    with pytest.raises(InputError, match="split"):
+        load("shapes", tmp_path, "valid")
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "cifar100imb", "folder:/somewhere"])
+def test_rho_where_there_is_none(tmp_path, name):
+    with pytest.raises(InputError, match="rho"):
+        load(name, tmp_path, rho=10)
+
+
+@pytest.mark.parametrize("name, size", [("shapes", 0), ("shapes", 129), ("cifar10", 7), ("folder:x", 2000)])
+def test_image_sizes_that_make_no_sense(tmp_path, name, size):
+    with pytest.raises(InputError, match=f"image size is {size}"):
+        load(name, tmp_path, image_size=size)
+
+
+def test_seed_out_of_range(tmp_path):
+    with pytest.raises(InputError, match="seed is -1"):
+        load("shapes", tmp_path, seed=-1)
+
+
+def test_error_messages_are_one_line():
+    assert str(InputError("first\nsecond")) == "first second"
+
+
+# Head to tail ---------------------------------------------------------------------------------------------------------
+def test_head_to_tail_and_thirds():
+    assert head_to_tail([3, 9, 3, 100]).tolist() == [3, 1, 0, 2]  # equal counts keep the order of their labels
+    assert head_to_tail(torch.tensor([1, 2])).tolist() == [1, 0]
+    parts = thirds(torch.arange(10))
+    assert {k: v.tolist() for k, v in parts.items()} == {"head": [9, 8, 7, 6], "middle": [5, 4, 3], "tail": [2, 1, 0]}
+    assert [len(part) for part in thirds(np.ones(100)).values()] == [34, 33, 33]
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+def hues(images):
+    """Hue, in turns, of the most saturated pixel of each image. (Mixing with grey, as antialiasing does, keeps it.)"""
+    result = []
+    for image in images.numpy().reshape(len(images), 3, -1):
+        pixel = image[:, (image.max(0).astype(int) - image.min(0)).argmax()]
+        result.append(colorsys.rgb_to_hsv(*(pixel / 255))[0])
+    return np.array(result)
+
+
+def arc(turns):
+    """The shortest arc of the circle (1 is all of it) that holds all of these angles."""
+    turns = np.sort(turns % 1)
+    return 1 - np.diff(np.append(turns, turns[0] + 1)).max()
+
+
+def test_shapes_counts_and_time(tmp_path):
+    start = time.perf_counter()
+    sets = {(name, split): load(name, tmp_path, split) for name in ("shapes", "shapeslt") for split in datasets.SPLITS}
+    assert time.perf_counter() - start < 10
+    assert sets["shapes", "train"].counts.tolist() == [1000] * 10
+    assert sets["shapeslt", "train"].counts.tolist() == SHAPESLT
+    for name in ("shapes", "shapeslt"):
+        assert sets[name, "reference"].counts.tolist() == [400] * 10
+        assert sets[name, "test"].counts.tolist() == [200] * 10
+    assert sets["shapes", "train"].images.shape == (10_000, 3, 16, 16)
+    assert sets["shapes", "train"].images.dtype == torch.uint8
+    assert sets["shapes", "train"].classes[::3] == ["disc", "ring", "heart", "vbars"]
+    assert load("shapeslt", tmp_path, rho=10).counts[[0, 9]].tolist() == [1000, 100]
+    assert load("shapeslt", tmp_path, "test", image_size=24).images.shape == (2000, 3, 24, 24)
+    assert not list(tmp_path.iterdir())  # no files
+
+    distinct = {image.numpy().tobytes() for s in datasets.SPLITS for image in sets["shapes", s].images}
+    assert len(distinct) == 10_000 + 4000 + 2000  # no image twice, so the splits are disjoint
+
+
+def test_shapes_are_the_same_every_time(tmp_path):
+    for split in datasets.SPLITS:
+        first, again, other = (load("shapeslt", tmp_path, split, seed=seed) for seed in (3, 3, 4))
+        assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels)
+        assert torch.equal(first.images, other.images) == (split != "train")  # the seed is of the training images alone
+    long, longer = load("shapeslt", tmp_path, rho=10), load("shapeslt", tmp_path, rho=100)
+    tail = longer.images[longer.labels == 9]
+    assert torch.equal(long.images[long.labels == 9][: len(tail)], tail)  # a longer tail is a part of a shorter one
+
+
+def test_hues_narrow_from_head_to_tail_in_the_training_split_alone(tmp_path):
+    narrow = load("shapeslt", tmp_path, rho=1)  # 1000 images a class, to measure the arcs well
+    for c in range(10):
+        assert arc(hues(narrow.images[narrow.labels == c])) == pytest.approx(1 - 0.75 * c / 9, abs=0.02)
+    tail = load("shapeslt", tmp_path)
+    assert arc(hues(tail.images[tail.labels == 9])) <= 0.255
+    middles = [np.angle(np.exp(2j * np.pi * hues(narrow.images[narrow.labels == c])).mean()) for c in (7, 8, 9)]
+    assert np.abs(np.exp(1j * np.array(middles)).sum()) < 1.5  # 3 if the tail classes all had the same colour
+    for name, split in (("shapes", "train"), ("shapeslt", "reference"), ("shapeslt", "test")):
+        wide = load(name, tmp_path, split)
+        assert all(arc(hues(wide.images[wide.labels == c])) > 0.94 for c in range(10))
+
+
+def test_shapes_fit_in_the_frame_and_are_their_own_mirror_images():
+    axis = np.linspace(-2, 2, 801)
+    axis = (axis - axis[::-1]) / 2  # exactly symmetric
+    x, y = np.meshgrid(axis, axis)
+    for name, inside in datasets.SHAPES.items():
+        covered = inside(x, y)
+        assert 0.75 * np.hypot(x, y)[covered].max() + 0.2 < 1, name  # largest scale and offset, in half widths
+        assert covered.sum() * 0.005**2 > 1, name  # of the disc's 3.14: not a speck
+        assert (covered != covered[:, ::-1]).mean() < 1e-4, name
+    data = load("shapes", ".", "test")
+    corners = data.images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].float()
+    assert (corners.amax(1) == corners.amin(1)).all() and corners.max() <= 128  # grey, up to 0.5
+
+
+def test_shapes_can_be_told_apart_at_16_pixels():
+    """By the nearest of 400 x 10 silhouettes: place, size and rotation vary more than this rule can make up for."""
+    def silhouettes(split):
+        images = load("shapes", ".", split).images.float()
+        chroma = (images.amax(1) - images.amin(1)).flatten(1)
+        return chroma / chroma.norm(dim=1, keepdim=True)
+
+    nearest = (silhouettes("test") @ silhouettes("reference").T).argmax(1) // 400
+    right = nearest == torch.arange(10).repeat_interleave(200)
+    assert right.float().mean() > 0.9
+    assert right.reshape(10, 200).float().mean(1).min() > 0.75
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+def small_set(counts, size=4):
+    """Numbered images, classes interleaved in a fixed random order."""
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    images = torch.from_numpy(numbered(len(labels), size)).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.from_numpy(labels), [str(c) for c in range(len(counts))])
+
+
+def drawn(batches, number):
+    """The numbers and labels of this many batches, checked against each other."""
+    x, y = (torch.cat(parts) for parts in zip(*(next(batches) for _ in range(number)), strict=True))
+    images = ((x + 1) * 127.5).round()
+    i = numbers(images)
+    return i, y
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10, 64])
+def test_every_image_once_an_epoch(batch_size):
+    data = small_set([20, 8, 2])  # 30 images: batches straddle the epochs, and 64 is more than two of them
+    i, y = drawn(Batches(data, batch_size, seed=1), -(-90 // batch_size))
+    assert (y == data.labels[i]).all()
+    epochs = [i[start : start + 30].tolist() for start in (0, 30, 60)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("classes, expected", [
+    ("data", np.array([100, 25, 9, 1]) / 135), ("uniform", np.full(4, 0.25)), ("sqrt", np.array([10, 5, 3, 1]) / 19),
+])
+def test_class_frequencies(classes, expected):
+    data = small_set([100, 25, 9, 1])
+    i, y = drawn(Batches(data, 1000, classes, seed=2), 40)
+    assert (y == data.labels[i]).all()
+    share = np.bincount(y, minlength=4) / 40_000
+    assert np.abs(share - expected).max() < 4 * np.sqrt(0.25 / 40_000)  # four standard deviations
+    of_head = np.bincount(i, minlength=135)[data.labels == 0]  # images of one class come up equally often
+    assert (np.abs(of_head - of_head.mean()) < 5 * np.sqrt(of_head.mean())).all()
+
+
+@pytest.mark.parametrize("classes", ["data", "uniform", "sqrt"])
+def test_a_resumed_stream_is_the_stream_that_was_never_stopped(classes):
+    data = small_set([20, 8, 2])
+    straight, stopped = (Batches(data, 7, classes, flip=True, seed=3) for _ in range(2))
+    for _ in range(6):  # to the middle of the second epoch
+        next(straight), next(stopped)
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    next(stopped)  # what is saved must not move with the stream it was saved from
+    resumed = Batches(data, 7, classes, flip=True, seed=99)
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for _ in range(20):
+        (x1, y1), (x2, y2) = next(straight), next(resumed)
+        assert torch.equal(x1, x2) and torch.equal(y1, y2)
+
+
+def test_state_dict_is_a_copy():
+    batches = Batches(small_set([30]), 7, seed=3)
+    next(batches)
+    state = batches.state_dict()
+    x1, _ = next(batches)
+    next(batches)
+    batches.load_state_dict(state)
+    assert torch.equal(next(batches)[0], x1)
+
+
+def test_seeds_give_different_streams_and_one_seed_the_same():
+    one, same, other = (drawn(Batches(small_set([30]), 30, seed=seed), 1)[0].tolist() for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_flip():
+    image = torch.arange(3 * 2 * 5, dtype=torch.uint8).reshape(1, 3, 2, 5)
+    data = ImageSet(image, torch.zeros(1, dtype=torch.int64), ["a"])
+    upright, mirrored = image[0] / 127.5 - 1, image[0][:, :, [4, 3, 2, 1, 0]] / 127.5 - 1
+    x, _ = next(Batches(data, 2000, flip=True))
+    is_upright, is_mirrored = (torch.isclose(x, other).all((1, 2, 3)) for other in (upright, mirrored))
+    assert (is_upright ^ is_mirrored).all()
+    assert 900 < is_mirrored.sum() < 1100  # 1000 +- 4.5 standard deviations
+    assert torch.isclose(next(Batches(data, 50))[0], upright).all()
+
+
+def test_range_and_types():
+    image = torch.tensor([0, 255, 51], dtype=torch.uint8).expand(1, 3, 3, 3).contiguous()
+    x, y = next(Batches(ImageSet(image, torch.tensor([0]), ["a"]), 4))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (4, 3, 3, 3) and y.shape == (4,)
+    assert x[0, 0, 0].tolist() == pytest.approx([-1, 1, -0.6]) and x.min() == -1 and x.max() == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("classes", ["data", "uniform", "sqrt"])
+def test_the_order_is_the_same_on_a_gpu(classes):
+    data = small_set([20, 8, 2])
+    cpu, gpu = (Batches(data, 7, classes, flip=True, device=device) for device in ("cpu", "cuda"))
+    for _ in range(10):
+        (x1, y1), (x2, y2) = next(cpu), next(gpu)
+        assert x2.is_cuda and y2.is_cuda and torch.equal(x1, x2.cpu()) and torch.equal(y1, y2.cpu())
+
+
+def test_batches_that_cannot_be():
+    data = small_set([3, 2])
+    with pytest.raises(ValueError, match="balanced"):
+        Batches(data, 2, "balanced")
+    with pytest.raises(ValueError, match="batch_size"):
+        Batches(data, 0)
+    with pytest.raises(ValueError, match="class 2 has no image"):
+        Batches(ImageSet(data.images, data.labels, ["a", "b", "c"]), 2, "uniform")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+def test_atomic_write(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask  # as readable to others as any file one writes
+    for stop in (ValueError, KeyboardInterrupt):
+        with pytest.raises(stop), atomic_write(path) as file:
+            file.write(b"half")
+            raise stop
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+    with pytest.raises(InputError, match="cannot write"), atomic_write(path / "below a file"):
+        pass
+
+
+def prepared_arrays():
+    return dict(images=numbered(20), labels=np.arange(20) % 10, classes=np.array(list("abcdefghij")))
+
+
+@pytest.mark.parametrize("change", [
+    lambda a: a.pop("labels"),
+    lambda a: a.update(images=a["images"].astype(np.float32)),
+    lambda a: a.update(images=a["images"].transpose(0, 3, 1, 2)),
+    lambda a: a.update(images=a["images"][:, :, :-1]),
+    lambda a: a.update(labels=a["labels"].astype(np.int32)),
+    lambda a: a.update(labels=a["labels"][:-1]),
+    lambda a: a.update(labels=a["labels"] + 1),
+    lambda a: a.update(labels=a["labels"] - 1),
+    lambda a: a.update(classes=np.arange(10)),
+    lambda a: a.update(images=a["images"][:0], labels=a["labels"][:0]),
+])
+def test_prepared_files_with_something_else_in_them(tmp_path, change):
+    arrays, path = prepared_arrays(), tmp_path / f"cifar10-test-{SIZE}.npz"
+    np.savez(path, **arrays)
+    assert len(load("cifar10", tmp_path, "test", SIZE).labels) == 20
+    change(arrays)
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match=r"cifar10-test-8\.npz .* delete it"):
+        load("cifar10", tmp_path, "test", SIZE)
+
+
+def test_damaged_prepared_files(tmp_path):
+    path = tmp_path / f"cifar10-test-{SIZE}.npz"
+    np.savez(path, **prepared_arrays())
+    whole = path.read_bytes()
+    array = io.BytesIO()
+    np.save(array, numbered(2))
+    flipped = bytearray(whole)
+    flipped[2000] ^= 1  # one bit within the images
+    for damaged in (b"", whole[:10], whole[:1000], whole[:-1], b"<html>404</html>", array.getvalue(), bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"cifar10-test-8\.npz .* delete it") as caught:
+            load("cifar10", tmp_path, "test", SIZE)
+        assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickles_are_not_opened(tmp_path):
+    bomb = np.array([Bomb(str(tmp_path / "went off"))], dtype=object)
+    np.savez(tmp_path / f"cifar10-test-{SIZE}.npz", **prepared_arrays() | {"labels": bomb})
+    with pytest.raises(InputError, match="allow_pickle"):
+        load("cifar10", tmp_path, "test", SIZE)
+    assert not (tmp_path / "went off").exists()
+
+
+def test_a_data_directory_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot make the data directory"):
+        load("cifar10", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "name, archive", [("cifar100lt", "cifar-100-python.tar.gz"), ("cifar10", "cifar-10-python.tar.gz")]
+)
+def test_a_download_that_fails(tmp_path, monkeypatch, name, archive):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(InputError) as caught:
+        load(name, tmp_path / "data", "test")
+    for word in ("no network", archive, name.removesuffix("lt") + "-test-32.npz", str(tmp_path / "data")):
+        assert word in str(caught.value)
+
+
+def test_cifar_from_an_archive_that_was_copied_here(tmp_path, monkeypatch, capsys):
+    """A tiny archive in CIFAR's format, unpacked and checked by torchvision; afterwards the prepared file is enough."""
+    import torchvision
+
+    pixels = np.random.RandomState(0).randint(0, 256, (24, 3, 32, 32)).astype(np.uint8)
+    labels = np.random.RandomState(1).randint(0, 10, 24).tolist()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    contents = {name: {"data": pixels[4 * i : 4 * i + 4].reshape(4, -1), "labels": labels[4 * i : 4 * i + 4]}
+                for i, name in enumerate(names)} | {"batches.meta": {"label_names": list("abcdefghij")}}
+    archive, sums = tmp_path / "cifar-10-python.tar.gz", {}
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in contents.items():
+            blob = pickle.dumps(content)
+            sums[name] = hashlib.md5(blob).hexdigest()
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(blob)
+            tar.addfile(member, io.BytesIO(blob))
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in names[:5]])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums["batches.meta"]})
+
+    train, test = load("cifar10", tmp_path), load("cifar10", tmp_path, "test")
+    assert torch.equal(train.images, torch.from_numpy(pixels[:20])) and train.labels.tolist() == labels[:20]
+    assert torch.equal(test.images, torch.from_numpy(pixels[20:])) and test.labels.tolist() == labels[20:]
+    assert train.classes == list("abcdefghij")
+
+    archive.unlink()
+    for file in (tmp_path / "cifar-10-batches-py").iterdir():
+        file.unlink()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", None)
+    assert torch.equal(load("cifar10", tmp_path).images, train.images)
+    assert load("cifar10", tmp_path, image_size=48).images.shape == (20, 3, 48, 48)  # made from the prepared 32
+    half = load("cifar10", tmp_path, image_size=16).images.float()
+    boxes = train.images.float().reshape(20, 3, 16, 2, 16, 2).mean((3, 5))
+    single = train.images[:, :, ::2, ::2].float()
+    assert (half - boxes).abs().mean() < 0.6 * (half - single).abs().mean()  # averages pixels rather than picking some
+    assert (tmp_path / "cifar10-train-16.npz").exists()
+
+
+# Your own images ------------------------------------------------------------------------------------------------------
+def solid(colour, size=(20, 20), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A folder: train has 3 owls and 1 kiwi, test one of each."""
+    root = tmp_path / "birds"
+    for where in ("train/owl", "train/kiwi", "test/owl", "test/kiwi"):
+        (root / where).mkdir(parents=True)
+    for i in range(3):
+        solid((200, 50 * i, 0)).save(root / f"train/owl/{i}.png")
+    solid((0, 0, 200)).save(root / "train/kiwi/a.PNG")
+    solid((1, 1, 1)).save(root / "test/owl/a.png")
+    solid((2, 2, 2)).save(root / "test/kiwi/a.png")
+    (root / "train/owl/notes.txt").write_text("not an image")
+    (root / "train/owl/._0.png").write_text("not an image, but macOS puts such files there")
+    (root / "train/.hidden").mkdir()
+    return root
+
+
+def test_folder(birds, tmp_path):
+    data = load(f"folder:{birds}", tmp_path / "data", image_size=SIZE)
+    assert data.classes == ["kiwi", "owl"] and data.counts.tolist() == [1, 3] and data.labels.tolist() == [0, 1, 1, 1]
+    assert data.images.shape == (4, 3, SIZE, SIZE)
+    assert data.images[:, :, 3, 3].tolist() == [[0, 0, 200], [200, 0, 0], [200, 50, 0], [200, 100, 0]]
+    assert os.listdir(tmp_path / "data") == [f"folder-birds-train-{SIZE}.npz"]
+    assert load(f"folder:{birds}/", tmp_path / "data").images.shape[-1] == 32  # the default size, in its own file
+    assert load(f"folder:{birds}", tmp_path / "data", "test", SIZE).images[:, 0, 0, 0].tolist() == [2, 1]
+
+
+def test_folder_reference_is_the_first_of_reference_test_train(birds, tmp_path):
+    def reference():
+        return load(f"folder:{birds}", tmp_path / "data", "reference", SIZE).images[:, 0, 0, 0].tolist()
+
+    for kind in ("owl", "kiwi"):
+        (birds / "reference" / kind).mkdir(parents=True)
+        solid((7, 7, 7)).save(birds / "reference" / kind / "a.png")
+    assert reference() == [7, 7]
+    (birds / "reference").rename(birds / "elsewhere")
+    assert reference() == [2, 1]
+    (birds / "test").rename(birds / "elsewhere too")
+    assert reference() == [0, 200, 200, 200]
+    with pytest.raises(InputError, match="no test images"):
+        load(f"folder:{birds}", tmp_path / "data", "test", SIZE)
+
+
+def test_folder_images_of_every_kind(tmp_path):
+    where = tmp_path / "kinds" / "train" / "all"
+    where.mkdir(parents=True)
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = (0, 180, 0)  # the middle third, which the square crop keeps
+    wide[:, :20] = wide[:, 40:] = (255, 0, 0)
+    half = np.zeros((20, 20, 3), np.uint8)
+    half[:10] = 255  # the upper half is white
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3  # orientation: turned by half a circle
+    Image.fromarray(wide).save(where / "a-wide.png")
+    Image.fromarray(wide.swapaxes(0, 1)).save(where / "b-tall.bmp")
+    solid(77, mode="L").save(where / "c-grey.png")
+    Image.fromarray(np.full((20, 20), 0x8000, np.uint16)).save(where / "d-grey16.png")
+    solid((9, 9, 9, 0), mode="RGBA").save(where / "e-transparent.png")
+    solid((40, 80, 120)).convert("P").save(where / "f-palette.gif")
+    Image.fromarray(half).save(where / "g-turned.jpg", exif=upside_down, quality=95)
+    solid((10, 200, 30), (3, 3)).save(where / "h-small.webp", lossless=True)
+    Image.fromarray(np.indices((256, 256)).sum(0).astype(np.uint8) % 2 * 255).save(where / "i-checkers.png")
+    x = load(f"folder:{tmp_path / 'kinds'}", tmp_path, image_size=SIZE).images.int()
+    inner = slice(2, -2)  # antialiasing looks two pixels further than the crop at the edges
+    assert (x[0][:, inner, inner] == torch.tensor([0, 180, 0])[:, None, None]).all()
+    assert x[0][1].min() > 120 and torch.equal(x[0], x[1].mT)  # the same image, lying and standing
+    assert (x[2] == 77).all() and (x[3] == 128).all() and (x[4] == 255).all()
+    assert (x[5] - torch.tensor([40, 80, 120])[:, None, None]).abs().max() < 30  # a palette of 216 colours
+    assert x[6][:, :3].max() < 20 and x[6][:, 5:].min() > 235
+    assert (x[7] == torch.tensor([10, 200, 30])[:, None, None]).all()
+    assert (x[8] - 127).abs().max() < 3  # antialiased: picking pixels would give 0 or 255
+
+
+def test_folder_is_prepared_once_and_again_after_a_change(birds, tmp_path, monkeypatch, capsys):
+    name, data_dir = f"folder:{birds}", tmp_path / "data"
+    first = load(name, data_dir, image_size=SIZE)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "read_image", None)  # would be an error if it were called
+        assert torch.equal(load(name, data_dir, image_size=SIZE).images, first.images)
+    assert capsys.readouterr().err == ""
+
+    solid((9, 9, 9)).save(birds / "train/kiwi/b.png")
+    assert load(name, data_dir, image_size=SIZE).counts.tolist() == [2, 3]
+    assert "has changed" in capsys.readouterr().err
+    solid((8, 8, 8)).save(birds / "train/kiwi/b.png")
+    os.utime(birds / "train/kiwi/b.png", ns=(1, 1))  # same size, other content, other time
+    assert load(name, data_dir, image_size=SIZE).images[1, 0, 0, 0] == 8
+
+
+def test_a_prepared_folder_is_enough(birds, tmp_path):
+    name, data_dir = f"folder:{birds}", tmp_path / "data"
+    train, test = (load(name, data_dir, split, SIZE) for split in ("train", "test"))
+    birds.rename(tmp_path / "gone")
+    assert torch.equal(load(name, data_dir, "train", SIZE).images, train.images)
+    assert torch.equal(load(name, data_dir, "reference", SIZE).images, test.images)
+    with pytest.raises(InputError, match="birds.*nor was it prepared"):
+        load(name, data_dir, "train", 16)
+
+
+def test_folder_with_a_broken_image(birds, tmp_path):
+    whole = (birds / "train/owl/1.png").read_bytes()
+    for content in (b"", b"no image", whole[: len(whole) // 2]):
+        (birds / "train/owl/1.png").write_bytes(content)
+        with pytest.raises(InputError, match=r"train/owl/1\.png"):
+            load(f"folder:{birds}", tmp_path / "data", image_size=SIZE)
+    assert not (tmp_path / "data").exists()
+
+
+def test_folders_that_are_not_laid_out_as_they_should_be(birds, tmp_path):
+    def error(where=birds, split="train"):
+        with pytest.raises(InputError) as caught:
+            load(f"folder:{where}", tmp_path / "data", split, SIZE)
+        return str(caught.value)
+
+    assert "needs a path" in error("")
+    assert "no directory train" in error(birds / "train")
+    assert "nor was it prepared" in error(tmp_path / "nowhere")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    assert "no sub-directories" in error(tmp_path / "empty")
+    (birds / "test/emu").mkdir()
+    assert "'emu' is in test but not in train" in error(split="test")
+    (birds / "test/emu").rmdir()
+    (birds / "train/emu").mkdir()
+    assert "train/emu has no images" in error()
+    assert "'emu' is in train but not in test" in error(split="test")
+
+
+# python datasets.py ---------------------------------------------------------------------------------------------------
+def bar_lengths(path, rows):
+    """How many pixels of the bars' colour each row of a picture has."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    blue = (np.abs(pixels - (70, 130, 180)).max(2) < 3) & (np.arange(pixels.shape[1]) > pixels.shape[1] // 2)
+    return blue.reshape(rows, -1).sum(1)
+
+
+def test_command(run_script, tmp_path):
+    done = run_script("datasets.py", "shapeslt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split() for line in lines[1:11]] == [
+        [str(c), name, f"{n:,}"] for c, (name, n) in enumerate(zip(datasets.SHAPES, SHAPESLT, strict=True))]
+    assert "10 classes, 2,478 training images of 16 x 16 pixels" in done.stdout
+    assert "imbalance ratio 100" in done.stdout and "4,000 reference images, 2,000 test images" in done.stdout
+    bars = bar_lengths(tmp_path / "data/shapeslt.png", 10)
+    assert bars / bars[0] == pytest.approx(np.array(SHAPESLT) / 1000, abs=0.03) and bars.min() > 0
+
+
+def command(monkeypatch, *arguments):
+    """The same in this process, which need not import torch again: its exit status."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/datasets.py", *map(str, arguments)])
+    try:
+        datasets.run_command(datasets.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_command_with_a_hundred_classes(cifar, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "picture.png"
+    assert command(monkeypatch, "cifar100lt", "--data-dir", cifar, "--image-size", SIZE, "--rho", 50, "--out", out) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 40 and max(map(len, text.splitlines())) <= 120
+    assert all(f"class {c} " in text for c in range(100)) and "imbalance ratio 50" in text
+    bars = bar_lengths(out, 10)  # 10 of 100 classes, evenly spaced from the first to the last
+    assert bars[-1] / bars[0] == pytest.approx(1 / 50, abs=0.02) and (np.diff(bars) <= 0).all()
+
+
+def test_command_orders_by_count_and_does_without_a_test_split(birds, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, f"folder:{birds}", "--data-dir", tmp_path / "data") == 0
+    text = capsys.readouterr().out
+    assert text.index("owl") < text.index("kiwi") and "2 reference images, 2 test images" in text
+    (birds / "test").rename(birds / "elsewhere")
+    assert command(monkeypatch, f"folder:{birds}", "--data-dir", tmp_path / "data") == 0
+    assert "4 reference images, 0 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["shapes", "--rho", "10"], "rho"),
+    (["shapes", "--image-size", "ten"], "invalid int value"),
+    (["shapes", "--colour"], "unrecognized"),
+    ([], "required: NAME"),
+    (["cifar10tl"], "unknown data set 'cifar10tl'; did you mean cifar10lt"),
+    (["shapes", "--out", "file/picture.png"], "cannot write"),
+])
+def test_command_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert command(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("datasets.py: error: ") and message in captured.err
