@@ -1,41 +1,45 @@
 """CBDM: Class-Balancing Diffusion Models (Qin, Zheng, Yao, Zhou, Zhang; CVPR 2023, arXiv:2305.00562), in one file.
 
-A class-conditional diffusion model that has seen five images of a class paints those five, or something else. CBDM trains
-the usual DDPM and, with each image x_t of class y, asks the network once more with a random other label y'. The two
-predictions are pulled together (Eq. 4), the more so the noisier x_t is. Noisy steps decide composition, pose and colour, so
-the tail classes borrow those from the head, while the last, class-specific steps stay free.
+A class-conditional diffusion model that has seen five images of a class repeats those five, or paints something else. CBDM
+is the usual DDPM with one term more (Eq. 4): for an image x_t of class y the network is asked a second time, with a random
+other label y', and the two predictions are pulled together, the more so the noisier x_t is. Our intuition: noisy steps settle
+composition and colour, which classes can share; in the late steps, which tell classes apart, the pull is weak.
 
     python cbdm.py --dataset shapeslt                    # first look: drawn shapes, a CPU, minutes
     python cbdm.py --dataset cifar100lt                  # the paper's run (Table 1)
     python cbdm.py --dataset cifar100lt --tau 0          # its baseline: DDPM with classifier-free guidance
-    python cbdm.py --dataset cifar100lt --label-set sqrt # Table 2; also bal, or --init-from RUN/checkpoint.pt to fine-tune
-    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim --ddim-steps 100   # Table 6, from the finished run
+    python cbdm.py --dataset cifar100lt --label-set sqrt # Table 2; also bal
+    python cbdm.py --dataset cifar100lt --init-from runs/cbdm-cifar100lt-tau0.0-s0/checkpoint.pt --steps 50000  # fine-tuning
+    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim     # Table 6; replaces the run's samples and scores
 
-Each command resumes the run it finds in its run directory. What a run costs: COST_PLACEHOLDER
+Each command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number of threads; with
+the same data and noise on a GPU. Cost: COST_PLACEHOLDER
 
-Where this differs from the paper (P) or the authors' code (C, github.com/qym7/CBDM-pytorch), and why:
-  * t runs over T = 1000 values 0 .. 999 as in C; Alg. 1 writes {0 .. T}, which would be 1001.
-  * The regulariser's weight is tau * t with the paper's tau = 0.001; C writes t/T * 1.0, the same number.
-  * A label is dropped (for guidance) per image; C drops those of a whole batch at once. Same expectation, less variance.
-    `--drop-whole-batch` does as C.
+P is the paper and C the authors' code (github.com/qym7/CBDM-pytorch). From C, because P does not say: gradients clipped at
+norm 1, averaged weights (EMA) for sampling, horizontal flips, dropout 0.1, the sizes of the U-Net. Where we differ, and why:
+  * t runs over T = 1000 values 0 .. 999, as in C; Alg. 1 writes {0 .. T}, which would be 1001. Our t is P's t - 1.
+  * The regulariser's weight is tau t with P's tau = 0.001, so it is 0 at the first step; C writes t/T * 1.0, the same number.
+  * A label is dropped (for guidance) per image; C drops those of a whole batch at once. The expected gradient is the same and
+    varies less. `--drop-whole-batch` does as C.
   * Dropped images have no regulariser, as in C; P does not say.
-  * Squared norms are means over pixels, as in C; P's sums would change what the gradient clipping at 1 means.
-  * Warm-up is 5000 steps as in C; P says epochs, which would be longer than the whole training.
+  * Squared norms are means over pixels, as in C; P's sums would change what clipping at norm 1 means.
+  * Warm-up is 5000 steps, as in C; P says epochs, which would be longer than the whole training.
   * y' comes from the training distribution by default, as in C's runs from scratch; P leaves q*_Y open (Table 2 compares).
-  * x_0 is not clipped while sampling: C's clipping has no effect, so no published number was made with it. `--clip-x0` does.
+  * x_0 is not clipped while sampling: C computes the clipped one and does not use it. `--clip-x0` does.
   * Samples have exactly balanced labels; C draws them at random (500 +- 22 a class).
-  * The output convolution of an attention block starts near zero, as in DDPM (Ho et al. 2020); C overwrites that by accident.
-  * bfloat16 where the processor has it (`--amp off` for C's float32), fused Adam, both labels in one forward pass.
+  * The output convolution of an attention block starts near zero, as in DDPM (Ho et al. 2020); in C the block around it
+    initialises it a second time, at full size.
+  * bfloat16 where the hardware has it (`--amp off` for C's float32), fused Adam, both labels in one forward pass.
+Not here yet: ADA and DiffAug (Table 1), the EDM and ViT backbones (Table 5).
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
 import math
-import platform
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -47,11 +51,13 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from datasets import InputError, atomic_write, fail, pick_device, run_command, use_bf16
+from datasets import InputError, atomic_write, environment, fail, pick_device, run_command, use_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
+T = 1000  # diffusion steps, P §4.1
+
 # What differs from data set to data set. P: the paper. C: the README, config files or flags of the authors' code.
 CIFAR100LT = dict(
     image_size=32,
@@ -68,22 +74,23 @@ CIFAR100LT = dict(
 BALANCED = CIFAR100LT | dict(steps=800_000, batch_size=128, guidance=0.8)  # C, config files; P §4.1
 DATASETS = {
     "cifar100lt": CIFAR100LT,
-    "cifar10lt": CIFAR100LT | dict(guidance=1.0),  # P §4.1. CHOICE: steps and batch of CIFAR100LT, C's are not known
+    # CHOICE: steps and batch of CIFAR100-LT, which has nearly as many images; those of P and C are not known.
+    "cifar10lt": CIFAR100LT | dict(guidance=1.0),  # P §4.1
     "cifar100": BALANCED,
     "cifar10": BALANCED,
-    # Ours: sized for two CPU cores and a few minutes. The paper's two passes for each step, from the first step on, would
-    # halve the number of steps; its other way (Table 2), a DDPM fine-tuned with CBDM, fits into the time.
+    # Ours: sized for two CPU cores and a few minutes. With the regulariser from the first step on, each step costs twice as
+    # much; so the run does what the second block of Table 2 does in two: a DDPM first, then CBDM fine-tunes it.
     "shapeslt": CIFAR100LT | dict(
-        image_size=16, steps=3000, regularise_after=0.86, batch_size=32,
+        image_size=16, steps=2500, regularise_after=0.84, batch_size=32,
         lr=3e-3, beta2=0.99, warmup=100, lr_schedule="cosine", ema=0.995, dropout=0.0,
         channels=32, multipliers=[1, 1, 2], blocks=1, attention_level=2, prediction="v", noise_schedule="cosine",
         guidance=1.5, sampler="ddim", ddim_steps=25, clip_x0=True,
-        eval_images=500, sample_every=1000, save_every=500,
+        eval_images=500, sample_every=500, save_every=250,
     ),
 }
 DATASETS["shapes"] = DATASETS["shapeslt"]
 
-# May differ between two commands on one run directory: they leave the weights as they are.
+# May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
         "features", "reference", "guidance", "sampler", "ddim_steps", "ddim_eta", "clip_x0"}
 
@@ -91,6 +98,7 @@ FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "sa
 def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the data set."""
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.error = fail
     which.add_argument("--dataset", default="cifar100lt")
     which.add_argument("--tau", type=float, default=0.001)
     first, _ = which.parse_known_args(argv)
@@ -167,8 +175,9 @@ def parse_settings(argv=None):
     args = parser.parse_args(argv)
     check_settings(args)
     if args.run_dir is None:
+        unnamed = FREE - {"steps"} | {"dataset", "seed"}  # another length gets another directory, unless --run-dir is given
         differs = [f"{k.replace('_', '')}{v}" for k, v in vars(args).items()
-                   if k not in (FREE - {"steps"}) | {"dataset", "seed"} and v != parser.get_default(k)]
+                   if k not in unnamed and v != parser.get_default(k)]
         differs = "".join(f"-{d}" for d in differs).replace("/", "_").replace(" ", "")
         args.run_dir = f"runs/cbdm-{args.dataset.replace('/', '_').replace(':', '_')}{differs}-s{args.seed}"
     return args
@@ -186,7 +195,8 @@ def check_settings(args):
     rules |= {
         "lr": ("a positive number", lambda v: 0 < v < math.inf),
         "guidance": ("a finite number", math.isfinite),
-        "ddim_steps": (f"1 to {T}", lambda v: 1 <= v <= T),
+        "ddim_steps": (f"2 to {T}", lambda v: 2 <= v <= T),
+        "attention_level": (f"0 to {levels - 1} with {levels} levels", lambda v: 0 <= v < levels),
         "channels": ("a multiple of 4, the channels in a group of GroupNorm", lambda v: v > 0 and v % 4 == 0),
         "multipliers": ("each at least 1", lambda v: min(v) >= 1),
         "image_size": (f"a multiple of {2 ** (levels - 1)} for {levels} levels", lambda v: v % 2 ** (levels - 1) == 0),
@@ -194,19 +204,20 @@ def check_settings(args):
     for name, (what, holds) in rules.items():
         if not holds(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+    if (args.features or "").startswith("classifier:") and not Path(args.features.removeprefix("classifier:")).is_file():
+        fail(f"--features {args.features}: there is no such file")  # now, and not after days of training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's equations
 # ----------------------------------------------------------------------------------------------------------------------
+# B is the paper's N, q_Y its q*_Y.
 # x_0      (B, 3, H, W) an image, in [-1, 1]           y, y'   (B,) int64, its class and a random one; NO_LABEL is "None"
 # t        (B,) int64, step 0 .. T-1, on the CPU       h, h'   (B, 3, H, W), eps_theta(x_t, y, t) and eps_theta(x_t, y', t)
 # x_t      (B, 3, H, W), x_0 after t steps of noise    tau     weight of the regulariser; gamma: of its commitment term
 # eps      (B, 3, H, W), the noise in x_t              omega   guidance strength
 # beta_t, alpha_bar_t: noise schedule; index t here is step t + 1 of the paper
 NO_LABEL = -1
-
-T = 1000
 
 
 def noise_schedule(kind):
@@ -226,20 +237,26 @@ def noise_schedule(kind):
 LINEAR = noise_schedule("linear")
 
 
+def like(x, a):
+    """a on the device and in the type of x, without making a GPU wait."""
+    return a.to(x.device, x.dtype, non_blocking=True)
+
+
 def q_sample(x_0, t, eps, alpha_bar=LINEAR):
     """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), §3.1."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a.sqrt().to(x_0) * x_0 + (1 - a).sqrt().to(x_0) * eps
+    return like(x_0, a.sqrt()) * x_0 + like(x_0, (1 - a).sqrt()) * eps
 
 
 def velocity(x_0, t, eps, alpha_bar):
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, what the network learns instead of eps with --prediction v.
 
     Salimans & Ho 2022. Not in the paper: at pure noise an error in eps is multiplied by 1 / sqrt(alpha_bar), up to 157, on
-    its way to x_0, and a network that trains for minutes never becomes that exact. v has no such factor.
+    its way to x_0, and a network that trains for minutes never becomes that exact; an error in v is not multiplied. Both
+    halves of Eq. 4 are then distances between velocities, so that at each t their ratio stays the paper's.
     """
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a.sqrt().to(x_0) * eps - (1 - a).sqrt().to(x_0) * x_0
+    return like(x_0, a.sqrt()) * eps - like(x_0, (1 - a).sqrt()) * x_0
 
 
 def eps_of_velocity(v, x_t, t, alpha_bar):
@@ -248,24 +265,27 @@ def eps_of_velocity(v, x_t, t, alpha_bar):
 
 
 def ddpm_loss(h, eps):
-    """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, as a mean over images and pixels. Scalar."""
+    """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, as a mean over images and pixels. Scalar. eps is v with --prediction v."""
     return (eps - h).square().mean()
 
 
 def regularisers(h, h_prime, t, tau, labelled):
-    """The second half of Eq. 4 (Alg. 1, lines 6 to 10). Returns the scalars (L_r, L_rc):
+    """The second half of Eq. 4 (Alg. 1, lines 7 to 10). Returns the scalars (L_r, L_rc):
 
-        L_r  = tau t / |Y| * sum over y' of || h - sg(h') ||^2        moves what the image's own label predicts
-        L_rc = tau t / |Y| * sum over y' of || sg(h) - h' ||^2        moves what the random label predicts ("commitment")
+        L_r  = tau t / |Y| * sum over y' of || h - sg(h') ||^2     Eq. 3 times tau: moves what the image's own label predicts
+        L_rc = tau t / |Y| * sum over y' of || sg(h) - h' ||^2     moves what the random label predicts ("commitment")
 
     h (B, C, H, W); h_prime (|Y|, B, C, H, W), one entry for each drawn y'; t (B,); labelled (B,) bool, False where the
     label was dropped: those images have no regulariser, but count in the mean.
-    sg is the stop-gradient: without it both terms pull h and h' together, and a network that ignores its label minimises
-    them (§3.3). The two have the same value and different gradients; with weight gamma = 1 their sum has the gradient of
-    the plain squared distance, so gamma alone is what the stop-gradients change.
+    sg is the stop-gradient, against a network that ignores its label (§3.3). The two terms have the same value; what sg
+    changes is that the pull on h' can have a weight of its own, gamma. With gamma = 1 the gradient is that of the plain
+    squared distance.
     """
-    weight = tau * t.to(h) * labelled  # (B,), at most 0.999 with tau = 0.001: weak where x_t is nearly the image
-    distance = lambda a, b: (weight * (a - b).square().mean(dim=(2, 3, 4))).mean()  # noqa: E731
+    weight = tau * like(h, t) * labelled  # (B,), at most 0.999 with tau = 0.001: weak where x_t is nearly the image
+
+    def distance(a, b):
+        return (weight * (a - b).square().mean(dim=(2, 3, 4))).mean()
+
     return distance(h, h_prime.detach()), distance(h.detach(), h_prime)
 
 
@@ -341,7 +361,7 @@ class UNet(nn.Module):
         block = functools.partial(ResidualBlock, embedding=embedding, dropout=dropout, groups=groups)
         width = channels
         self.head = nn.Conv2d(3, width, 3, padding=1)
-        self.down, skips = nn.ModuleList(), [width]  # skips: widths of the outputs that the way up will be given
+        self.down, skips = nn.ModuleList(), [width]  # skips: channels of each output that is kept for the way up
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
                 self.down.append(block(width, multiplier * channels, attention=level == attention_level))
@@ -362,11 +382,11 @@ class UNet(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier-uniform weights, zero biases; each branch that is added to its input starts near zero, and the output."""
-        near_zero = {self.tail[2]}
-        for module in self.modules():
-            near_zero |= {module.conv2} if isinstance(module, ResidualBlock) else set()
-            near_zero |= {module.out} if isinstance(module, SelfAttention) else set()  # C: 1, see the top of the file
+        """Xavier-uniform weights, zero biases; near zero: the output, and each branch that is added to its input. The label
+        table keeps PyTorch's N(0, 1)."""
+        blocks = [m for m in self.modules() if isinstance(m, ResidualBlock)]
+        attentions = [m for m in self.modules() if isinstance(m, SelfAttention)]
+        near_zero = {self.tail[2], *(m.conv2 for m in blocks), *(m.out for m in attentions)}
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=1e-5 if module in near_zero else 1.0)
@@ -424,7 +444,7 @@ def ddim_step(x_t, eps_hat, t, t_prev, z, eta=0.0, clip=False, alpha_bar=LINEAR)
 
 
 @torch.no_grad()
-def sample(model, y, args, amp, seed, sampler=None, progress=None):
+def sample(model, y, args, amp, seed, sampler, progress=None):
     """Images (N, 3, H, W) uint8 on the CPU, of the classes y (N,), from noise of this seed.
 
     model: the averaged network in eval mode. progress: a tqdm bar that is moved on by one image at a time.
@@ -436,19 +456,19 @@ def sample(model, y, args, amp, seed, sampler=None, progress=None):
     y = y.to(device)
     shape = (len(y), 3, args.image_size, args.image_size)
     deterministic = sampler == "ddim" and args.ddim_eta == 0
-    times = [i * T // args.ddim_steps for i in range(args.ddim_steps)] if sampler == "ddim" else list(range(T))
+    # DDIM with 100 steps visits 0, 10, ..., 990; P and C do not say which.
+    times = [i * T // args.ddim_steps for i in range(args.ddim_steps)] if sampler == "ddim" else range(T)
 
     x = noise(shape)
     for i in reversed(range(len(times))):
         t, t_prev = times[i], times[i - 1] if i > 0 else -1
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             if args.guidance == 0:
-                eps_hat = model(x, torch.full_like(y, t), y)
+                h = model(x, torch.full_like(y, t), y)
             else:  # with and without label in one pass of 2 N
                 twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
-                eps_hat = guided(*model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2), args.guidance)
-        if args.prediction == "v":
-            eps_hat = eps_of_velocity(eps_hat, x, t, alpha_bar)
+                h = guided(*model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2), args.guidance)
+        eps_hat = h if args.prediction == "eps" else eps_of_velocity(h, x, t, alpha_bar)
         z = 0.0 if deterministic else noise(shape)
         if sampler == "ddim":
             x = ddim_step(x, eps_hat, t, t_prev, z, args.ddim_eta, args.clip_x0, alpha_bar)
@@ -462,22 +482,10 @@ def sample(model, y, args, amp, seed, sampler=None, progress=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-def rng_state(device):
-    """State of the random number generators that training uses: the CPU's and the device's."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_rng_state(states, device):
-    torch.set_rng_state(states["cpu"].cpu())
-    if device.type in states and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(states[device.type].cpu())
-
-
 def load_checkpoint(path, device):
-    """The dictionary that save_checkpoint in main() wrote. Raises InputError, naming the file, if it can't be read."""
+    """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
+    if not Path(path).is_file():
+        fail(f"there is no checkpoint {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
     except Exception as error:  # zip, pickle and file errors alike
@@ -495,18 +503,10 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-def write_config(path, args, device, amp, parameters):
+def write_config(path, args, **more):
     """config.json: every setting, and what the run stands on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    config = {
-        "settings": vars(args),
-        "commit": git.stdout.strip() or "unknown",
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.processor()}".strip(),
-        "threads": torch.get_num_threads(), "bf16": amp, "parameters": parameters,
-    }
     with atomic_write(path) as file:
-        file.write(json.dumps(config, indent=2).encode())
+        file.write(json.dumps({"settings": vars(args), **environment(), **more}, indent=2).encode())
 
 
 def trim_log(path, step):
@@ -522,8 +522,9 @@ def trim_log(path, step):
 # ----------------------------------------------------------------------------------------------------------------------
 LOG_EVERY = 50  # steps
 GRID_ROWS, GRID_COLUMNS = 10, 10  # classes, evenly spaced from head to tail, and samples of each
-SAMPLING_BATCH = {"cuda": 500, "mps": 100, "cpu": 50}  # images at once; twice as many go through the network
+SAMPLING_BATCH = {"cuda": 500, "mps": 100, "cpu": 50}  # images of 32 x 32 at once; twice as many go through the network
 PART_SECONDS = 300  # how often samples of a long evaluation are put on disk
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
 
 
 def learning_rate(step, args):
@@ -547,117 +548,135 @@ def write_grid(path, images, columns):
 
 
 def sample_all(path, model, labels, args, amp, step):
-    """Samples of all labels (N,), (N, 3, H, W) uint8; written to `path` as npz, and picked up again if interrupted."""
+    """Samples of all labels (N,), (N, 3, H, W) uint8, written to `path`; those that are there already are not made again."""
     device = next(model.parameters()).device
-    part = path.with_name("samples.part")
-    made_with = [step, len(labels), args.seed, args.guidance, args.sampler, args.ddim_steps, args.ddim_eta, args.clip_x0]
-    chunks, done, saved = labels.split(SAMPLING_BATCH[device.type]), [], time.monotonic()
-    if part.exists():
-        found = load_checkpoint(part, "cpu")
-        done = list(found["images"].split(len(chunks[0]))) if found["made_with"] == made_with else []
-    with tqdm(total=len(labels), initial=sum(map(len, done)), desc="sampling", unit="img", bar_format=BAR) as bar:
-        for i in range(len(done), len(chunks)):
-            # A seed for each chunk, so that a chunk does not depend on those before it.
-            seed = int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0])
-            done.append(sample(model, chunks[i], args, amp, seed, args.sampler, bar))
-            if time.monotonic() - saved > PART_SECONDS:
-                with atomic_write(part) as file:
-                    torch.save({"made_with": made_with, "images": torch.cat(done)}, file)
+    at_once = max(1, int(SAMPLING_BATCH[device.type] * 32**2 / args.image_size**2))
+    made_with = str([step, len(labels), at_once, args.seed, args.guidance, args.sampler, args.ddim_steps, args.ddim_eta,
+                     args.clip_x0, args.image_size])
+    images, part = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8), path.with_name("samples.part")
+    for file in filter(Path.exists, (path, part)):  # of a finished or an interrupted evaluation
+        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as found:  # other or damaged: made again
+            if str(found["made_with"]) == made_with:
+                images = torch.from_numpy(found["images"]).permute(0, 3, 1, 2)
+
+    def write(path):
+        with atomic_write(path) as file:
+            np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels[: len(images)].numpy(), made_with=made_with)
+
+    saved = time.monotonic()
+    with tqdm(total=len(labels), initial=len(images), desc="sampling", unit="img", bar_format=BAR) as bar:
+        while len(images) < len(labels):
+            # A seed for each batch, so that a batch does not depend on those before it.
+            seed = int(np.random.SeedSequence([args.seed, len(images)]).generate_state(1)[0])
+            y = labels[len(images) : len(images) + at_once]
+            images = torch.cat([images, sample(model, y, args, amp, seed, args.sampler, bar)])
+            if time.monotonic() - saved > PART_SECONDS and len(images) < len(labels):
+                write(part)
                 saved = time.monotonic()
-    images = torch.cat(done)
-    with atomic_write(path) as file:
-        np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    write(path)
     part.unlink(missing_ok=True)
     return images
-
-
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
 
 
 def main(argv=None):
     args = parse_settings(argv)
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that torch.cuda's random state is this device's
     amp = use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
-    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho, args.seed)
+    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)  # the same images for each --seed
     num_classes = len(train.classes)
 
     # The network that learns, and its moving average, which samples.
     torch.manual_seed(args.seed)
     model = UNet(num_classes, args.channels, args.multipliers, args.blocks, args.attention_level, args.dropout).to(device)
-    if args.init_from:
-        source = load_checkpoint(args.init_from, device)["ema"]
-        if source["label.weight"].shape != model.label.weight.shape:  # another data set: its label table is drawn anew
-            source["label.weight"] = model.state_dict()["label.weight"]
-        try:
-            model.load_state_dict(source)
-        except RuntimeError as error:
-            raise InputError(f"--init-from {args.init_from}: a network of another size") from error
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     weights, ema_weights = [w.detach() for w in model.parameters()], list(ema.parameters())
     parameters = sum(w.numel() for w in weights)
-    # Fused: one kernel for all weights (15 ms a step against 68 on two CPU cores).
+    # Fused: one kernel updates all weights.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), fused=device.type in ("cuda", "cpu"))
     batches = datasets.Batches(train, args.batch_size, args.resample, flip=True, device=device, seed=args.seed)
     sums, logged = torch.zeros(4, device=device), 0  # losses and gradient norm since the last line of the log; how many
     start = 0
 
-    # Resume the run that this directory holds, if it does.
+    # Resume the run that this directory holds; or start from another run's averaged weights (Table 2); or from nothing.
     checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
+    on_device = getattr(torch, device.type)  # torch.cpu, torch.cuda or torch.mps
     if checkpoint_file.exists():
-        state = load_checkpoint(checkpoint_file, device)
+        state = load_checkpoint(checkpoint_file, "cpu")
         check_same_run(args, state["settings"], run_dir)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         batches.load_state_dict(state["batches"])
-        set_rng_state(state["rng"], device)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type in state["rng"] and device.type != "cpu":
+            on_device.set_rng_state(state["rng"][device.type])
         start, sums, logged = state["step"], state["sums"].to(device), state["logged"]
+        del state  # a second copy of everything
     elif args.eval_only:
-        raise InputError(f"--eval-only: there is no checkpoint in {run_dir}")
-    trim_log(log_file, start)
-    write_config(run_dir / "config.json", args, device, amp, parameters)
-    kind = "DDPM" if args.tau == 0 else "CBDM"
-    print(f"{kind} on {args.dataset}: {len(train.labels)} images of {num_classes} classes, {int(train.counts.max())} to "
-          f"{int(train.counts.min())} a class; {parameters:,} parameters; {device}{', bf16' if amp else ''}; {run_dir}"
-          + (f"; resumed at step {start}" if start else ""), flush=True)
+        fail(f"--eval-only: there is no checkpoint in {run_dir}")
+    elif args.init_from:
+        source = load_checkpoint(args.init_from, device)
+        for name in ("prediction", "noise_schedule"):
+            if source["settings"][name] != getattr(args, name):
+                fail(f"--init-from {args.init_from}: that run has another --{name.replace('_', '-')}")
+        if source["ema"]["label.weight"].shape != model.label.weight.shape:  # other classes: their table is drawn anew
+            source["ema"]["label.weight"] = model.label.weight
+        try:
+            model.load_state_dict(source["ema"])
+            ema.load_state_dict(source["ema"])
+        except RuntimeError as error:
+            raise InputError(f"--init-from {args.init_from}: a network of another size") from error
+    print(f"{'DDPM' if args.tau == 0 else 'CBDM'} on {args.dataset}: {len(train.labels)} images of {num_classes} classes, "
+          f"{int(train.counts.max())} to {int(train.counts.min())} a class; {parameters:,} parameters; {device}"
+          f"{', bf16' if amp else ''}; {run_dir}" + (f"; resumed at step {start}" if start else ""), flush=True)
 
     net, ema_net = (torch.compile(model), torch.compile(ema)) if args.compile else (model, ema)
     q_Y = label_distribution(train.counts, args.label_set)
     alpha_bar = noise_schedule(args.noise_schedule)
     B = args.batch_size
 
-    def save_checkpoint(step):
+    def check_finite(step):
         if not torch.isfinite(sums).all():
-            raise InputError(f"loss or gradient became {'NaN' if sums.isnan().any() else 'infinite'} shortly before step {step}"
-                             f"; the last good checkpoint is kept ({checkpoint_file}). Try a lower --lr")
+            kept = f"the last good checkpoint, {checkpoint_file}, is kept" if checkpoint_file.exists() else "nothing was saved"
+            kind = "NaN" if sums.isnan().any() else "infinite"
+            fail(f"loss or gradient became {kind} shortly before step {step}; {kept}; try a lower --lr")
+
+    def save_checkpoint(step):
+        check_finite(step)
+        rng = {"cpu": torch.get_rng_state()} | ({device.type: on_device.get_rng_state()} if device.type != "cpu" else {})
         state = dict(step=step, settings=vars(args), model=model.state_dict(), ema=ema.state_dict(), sums=sums, logged=logged,
-                     optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng_state(device))
+                     optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng)
         with atomic_write(checkpoint_file) as file:
             torch.save(state, file)
 
     def draw_grid(step):
         order = torch.from_numpy(datasets.head_to_tail(train.counts))
         rows = order[torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()]
-        y = rows.repeat_interleave(GRID_COLUMNS)
-        write_grid(run_dir / "samples" / f"step-{step:07d}.png", sample(ema_net, y, args, amp, args.seed, "ddim"), GRID_COLUMNS)
+        images = sample(ema_net, rows.repeat_interleave(GRID_COLUMNS), args, amp, args.seed, "ddim")
+        write_grid(run_dir / "samples" / f"step-{step:07d}.png", images, GRID_COLUMNS)
 
     # SIGINT (Ctrl-C) and SIGTERM finish the step, save and stop; a second one stops at once.
     stop = []
 
-    def ask_to_stop(number, _frame):
-        stop.append(number)
+    def ask_to_stop(number=None, _frame=None):
+        stop.extend([number] if number else [])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     if start < args.steps and not args.eval_only:
+        trim_log(log_file, start)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+        write_config(run_dir / "config.json", args, device=name, bf16=amp, parameters=parameters)
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
         model.train()
-        began = time.monotonic()
+        began = last = time.monotonic()
         with open(log_file, "a") as log, tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
             for step in range(start, args.steps):
-                # Alg. 1, line 3: an image, its label, a step and noise. t and y' live on the CPU, beside the schedule.
+                # Alg. 1, lines 2 to 4: images, noise, a step for each. t and y' are drawn on the CPU, where the schedule is.
                 x_0, y = next(batches)
                 t = torch.randint(0, T, (B,))
                 eps = torch.randn_like(x_0)
@@ -665,25 +684,26 @@ def main(argv=None):
                 target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
                 # Guidance needs a prediction without label, so some images lose theirs (§3.3).
                 dropped = torch.rand(1 if args.drop_whole_batch else B) < args.drop_rate
-                labelled = ~dropped.expand(B).to(device)
+                labelled = like(y, ~dropped.expand(B)).bool()
                 y = torch.where(labelled, y, NO_LABEL)
 
-                t_ = t.to(device)
+                t = like(y, t)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     if args.tau == 0 or step < args.regularise_after * args.steps:
-                        h = net(x_t, t_, y)
+                        h = net(x_t, t, y)
                         L_r = L_rc = torch.zeros((), device=device)
                     else:
-                        y_prime = torch.multinomial(q_Y, B, replacement=True).to(device)  # line 6; may equal y
-                        if args.gamma == 0:  # nothing is learnt through h'
-                            h = net(x_t, t_, y)
+                        # Line 6: one random label for each image, |Y| = 1; it may equal y.
+                        y_prime = like(y, torch.multinomial(q_Y, B, replacement=True))
+                        if args.gamma > 0:  # both predictions in one pass of 2 B, each with its own dropout mask
+                            h, h_prime = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, y_prime])).chunk(2)
+                        else:  # nothing is learnt through h'
+                            h = net(x_t, t, y)
                             with torch.no_grad():
-                                h_prime = net(x_t, t_, y_prime)
-                        else:  # both predictions in one pass of 2 B, each with its own dropout mask
-                            h, h_prime = net(torch.cat([x_t, x_t]), torch.cat([t_, t_]), torch.cat([y, y_prime])).chunk(2)
-                        L_r, L_rc = regularisers(h, h_prime[None], t, args.tau, labelled)
-                    L_DM = ddpm_loss(h, target)
-                loss = L_DM + L_r + args.gamma * L_rc  # Eq. 4
+                                h_prime = net(x_t, t, y_prime)
+                        L_r, L_rc = regularisers(h, h_prime[None], t, args.tau, labelled)  # lines 7 to 10
+                    L_DM = ddpm_loss(h, target)  # line 5
+                loss = L_DM + L_r + args.gamma * L_rc  # line 11, Eq. 4
 
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args)
@@ -699,41 +719,38 @@ def main(argv=None):
                 done = step + 1
                 bar.update()
                 if done % LOG_EVERY == 0 or done == args.steps:
-                    means = [v / logged for v in sums.tolist()]
-                    row = dict(zip(("L_DM", "L_r", "L_rc", "gradient_norm"), means, strict=True))
-                    rate = (done - start) / (time.monotonic() - began)
-                    if all(map(math.isfinite, means)):
-                        log.write(json.dumps({"step": done, **row, "lr": learning_rate(step, args),
-                                              "steps_per_second": round(rate, 3), "images": done * B}) + "\n")
-                        log.flush()
-                        sums.zero_()
-                        logged = 0
-                    else:
-                        save_checkpoint(done)  # raises
+                    check_finite(done)
+                    row = dict(zip(("L_DM", "L_r", "L_rc", "gradient_norm"), (sums / logged).tolist(), strict=True))
+                    rate, last = logged / (time.monotonic() - last), time.monotonic()
+                    log.write(json.dumps({"step": done, **row, "lr": learning_rate(step, args), "images": done * B,
+                                          "steps_per_second": round(rate, 3)}) + "\n")
+                    log.flush()
                     bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items()), refresh=False)
-                if done % args.save_every == 0 or done == args.steps or stop:
+                    sums.zero_()
+                    logged = 0
+                if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+                    draw_grid(done)
+                stopping = bool(stop)  # a signal that comes after this line is for the next step
+                if stopping or done % args.save_every == 0 or done == args.steps:
                     save_checkpoint(done)
-                if stop:
+                if stopping:
                     bar.close()
                     print(f"stopped by signal {stop[0]} at step {done}; the same command goes on from {checkpoint_file}")
                     sys.exit(128 + stop[0])
-                if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-                    draw_grid(done)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        start = args.steps
+        ask_to_stop()  # everything is saved: from here on a signal stops at once
         print(f"trained in {time.monotonic() - began:.0f} s", flush=True)
+        start = args.steps
 
     if args.eval_images:
-        import metrics
+        import metrics  # here: SciPy takes a second to import, and training need not wait for it
 
-        labels = torch.arange(args.eval_images) % num_classes  # balanced to within one image
-        images = sample_all(run_dir / "samples.npz", ema_net, labels.sort().values, args, amp, start)
+        labels = (torch.arange(args.eval_images) % num_classes).sort().values  # balanced to within one image
+        images = sample_all(run_dir / "samples.npz", ema_net, labels, args, amp, start)
         try:
-            result = metrics.evaluate(images, labels.sort().values, args.dataset, args.data_dir, args.features, args.reference,
-                                      args.rho, args.image_size, args.seed, device)
+            result = metrics.evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
+                                      args.image_size, device=device)
         except InputError as error:  # most often: no weights for the features, and no network to get them
-            print(f"{run_dir / 'samples.npz'} is written but not scored: {error}")
+            print(f"{run_dir / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
             return
         metrics.write_scores(result, run_dir)
         print(metrics.format_table(result))

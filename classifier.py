@@ -25,8 +25,6 @@ Deviations from the LDAM-DRW recipe
 import argparse
 import json
 import math
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from datasets import InputError, atomic_write, fail, pick_device, run_command, use_bf16
+from datasets import InputError, atomic_write, environment, fail, pick_device, run_command, use_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -340,13 +338,7 @@ def main():
     settings.update(changed)
     name = run_name(args.dataset, args.split, size, args.rho, args.seed, changed)
     run_dir = Path(args.run_dir or f"runs/{name}")
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    config = {
-        "settings": vars(args) | settings | {"image_size": size}, "commit": git.stdout.strip() or "unknown",
-        "python": platform.python_version(), "torch": torch.__version__, "device": str(device),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    config = {"settings": vars(args) | settings | {"image_size": size}, **environment(), "device": str(device)}
     with atomic_write(run_dir / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
     images, classes = len(train_set.labels), len(train_set.classes)

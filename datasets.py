@@ -30,6 +30,8 @@ import difflib
 import hashlib
 import math
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -523,10 +525,10 @@ class Batches:
             c = torch.multinomial(weight, self.batch_size, replacement=True, generator=self.generator)
             within = torch.rand(self.batch_size, dtype=torch.float64, generator=self.generator) * self.counts[c]
             index = self.by_class[self.first[c] + within.long()]
-        index = index.to(self.images.device)
+        index = index.to(self.images.device, non_blocking=True)
         x, y = self.images[index], self.labels[index]
         if self.flip:
-            mirrored = (torch.rand(self.batch_size, generator=self.generator) < 0.5).to(x.device)
+            mirrored = (torch.rand(self.batch_size, generator=self.generator) < 0.5).to(x.device, non_blocking=True)
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x.float() / 127.5 - 1, y
 
@@ -574,6 +576,17 @@ def use_bf16(choice, device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def environment():
+    """What a run stands on, for its config.json: commit, versions, threads."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "threads": torch.get_num_threads()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

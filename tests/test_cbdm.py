@@ -26,7 +26,7 @@ from datasets import InputError
 ALPHA_BAR = cbdm.LINEAR
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
-TINY = ["--dataset", "shapeslt", "--channels", "32", "--multipliers", "1", "1", "--attention-level", "1",
+TINY = ["--dataset", "shapeslt", "--channels", "8", "--multipliers", "1", "1", "--attention-level", "1",
         "--batch-size", "8", "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0"]
 
 
@@ -450,7 +450,7 @@ def start(*arguments, cwd):
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, run_script):
     """SIGKILL, then the same command: weights, averages and losses of the run that was never stopped."""
-    common = [*TINY, "--dropout", "0.1", "--save-every", "7", "--steps", "110"]
+    common = [*TINY, "--dropout", "0.1", "--save-every", "7", "--steps", "101"]
     whole = tmp_path / "whole"
     assert run_script("cbdm.py", *common, "--run-dir", whole, cwd=tmp_path).returncode == 0
     killed = tmp_path / "killed"
@@ -462,7 +462,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, run_script):
     process.send_signal(signal.SIGKILL)
     process.wait()
     stopped_at = weights_of(killed)[0]["step"]
-    assert 0 < stopped_at < 110
+    assert 0 < stopped_at < 101
     again = run_script("cbdm.py", *common, "--run-dir", killed, cwd=tmp_path)
     assert again.returncode == 0 and f"resumed at step {stopped_at}" in again.stdout
     assert same_weights(whole, killed)
@@ -520,7 +520,8 @@ def test_fine_tuning_across_class_counts(tmp_path):
         (folder / "train" / f"class{c}").mkdir(parents=True)
         for i in range(2 + c):
             Image.fromarray(np.full((16, 16, 3), 40 * c + i, np.uint8)).save(folder / "train" / f"class{c}" / f"{i}.png")
-    size = ["--data-dir", str(tmp_path / "data"), "--image-size", "16", "--blocks", "1", "--lr", "1e-3", "--warmup", "0"]
+    size = ["--data-dir", str(tmp_path / "data"), "--image-size", "16", "--blocks", "1", "--lr", "1e-3", "--warmup", "0",
+            "--prediction", "v", "--noise-schedule", "cosine"]
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
     cbdm.main([*TINY, *size, "--steps", "3", "--run-dir", str(first)])
     start = torch.load(first / "checkpoint.pt", weights_only=True)["ema"]
@@ -532,7 +533,7 @@ def test_fine_tuning_across_class_counts(tmp_path):
     cbdm.main([*TINY, *size, *still, "--run-dir", str(other), "--dataset", f"folder:{folder}"])
     loaded = torch.load(other / "checkpoint.pt", weights_only=True)["model"]
     assert [k for k in start if loaded[k].shape != start[k].shape or not torch.equal(loaded[k], start[k])] == ["label.weight"]
-    assert loaded["label.weight"].shape == (3, 128)
+    assert loaded["label.weight"].shape == (3, 32)
 
 
 def test_each_option_of_the_method_trains(tmp_path):
@@ -572,7 +573,7 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, run_script):
 
 def test_missing_inception_weights_do_not_spoil_a_run(tmp_path, run_script):
     """Samples are written, the message says what to copy where, and the status is 0."""
-    small = [*TINY[:-4], "--steps", "1", "--sample-every", "0", "--eval-images", "10", "--ddim-steps", "1"]
+    small = [*TINY[:-4], "--steps", "1", "--sample-every", "0", "--eval-images", "10", "--ddim-steps", "2"]
     environment = {"TORCH_HOME": str(tmp_path / "hub"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     process = subprocess.run([sys.executable, ROOT / "cbdm.py", *small, "--features", "inception-fid", "--run-dir", "run"],
                              cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
@@ -584,7 +585,7 @@ def test_missing_inception_weights_do_not_spoil_a_run(tmp_path, run_script):
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     args = sampling_settings(guidance=0.0, ddim_steps=2)
     model, labels = Counting(lively().float().eval()), torch.arange(12) % 5
-    monkeypatch.setitem(cbdm.SAMPLING_BATCH, "cpu", 4)
+    monkeypatch.setitem(cbdm.SAMPLING_BATCH, "cpu", 4 * 8**2 / 32**2)  # 4 images of 8 x 8 at once
     whole = cbdm.sample_all(tmp_path / "whole.npz", model, labels, args, False, 9)
     monkeypatch.setattr(cbdm, "PART_SECONDS", 0)
     sampled, calls = cbdm.sample, []
@@ -602,6 +603,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     model.images = 0
     again = cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 9)
     assert torch.equal(whole, again) and model.images == 4 * 2 and not (tmp_path / "samples.part").exists()
+    model.images = 0  # and what is finished is not made again, unless something about it is other
+    assert torch.equal(cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 9), whole) and model.images == 0
+    assert not torch.equal(cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 10)[:0], whole)
+    assert model.images == 12 * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -609,10 +614,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--tau", "-1"], ["--gamma", "inf"],
-    ["--ema", "1"], ["--drop-rate", "2"], ["--channels", "42"], ["--image-size", "17"], ["--ddim-steps", "1001"],
+    ["--ema", "1"], ["--drop-rate", "2"], ["--channels", "42"],
+    ["--image-size", "17"], ["--ddim-steps", "1001"], ["--ddim-steps", "1"],
+
     ["--save-every", "0"],
     ["--eval-images", "-1"], ["--rho", "0.5"], ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"],
-    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"], ["--init-from", "nowhere.pt"],
+    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"],
+    ["--init-from", "nowhere.pt"], ["--attention-level", "2"], ["--features", "classifier:nowhere.pt"],
 ])
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -136,6 +136,35 @@ def test_nobody_elses_random_numbers_are_touched(cifar):
     assert (np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)
 
 
+@pytest.mark.parametrize("k, rho, total", [(10, 10, 20_431), (10, 50, 13_996), (100, 10, 19_573), (100, 50, 12_608)])
+def test_totals_at_other_ratios(cifar, k, rho, total):
+    counts = load(f"cifar{k}lt", cifar, image_size=SIZE, rho=rho).counts
+    assert counts.sum() == total and counts[0] == 50_000 // k and counts[-1] == 50_000 // k // rho
+
+
+def test_the_seed_chooses_the_long_tailed_subset_and_nothing_else(cifar):
+    labels, saved = file_labels(cifar, "cifar10"), np.random.get_state()
+    np.random.seed(3)
+    expected = []
+    for c in range(10):
+        idx = np.flatnonzero(labels == c)
+        np.random.shuffle(idx)
+        expected.extend(idx[: int(5000 * 0.1 ** (c / 9))])
+    np.random.set_state(saved)
+    assert numbers(load("cifar10lt", cifar, image_size=SIZE, rho=10, seed=3).images).tolist() == expected
+    for name, split in (("cifar10lt", "test"), ("cifar10imb", "train")):
+        one, other = (load(name, cifar, split, SIZE, seed=seed) for seed in (0, 3))
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("name, reference", [("cifar100", "train"), ("cifar100lt", "train"), ("cifar100imb", "test")])
+def test_reference_of_cifar100(cifar, name, reference):
+    data = load(name, cifar, "reference", SIZE)
+    with np.load(cifar / f"cifar100-{reference}-{SIZE}.npz") as file:
+        assert data.labels.tolist() == file["labels"].tolist()
+    assert numbers(data.images).tolist() == list(range(len(data.labels))) and len(set(data.counts.tolist())) == 1
+
+
 # Names and arguments --------------------------------------------------------------------------------------------------
 def test_unknown_names_are_answered_with_known_ones(tmp_path):
     with pytest.raises(InputError, match="'cifar100tl'.*did you mean cifar100lt"):
@@ -170,6 +199,8 @@ def test_error_messages_are_one_line():
 # Head to tail ---------------------------------------------------------------------------------------------------------
 def test_head_to_tail_and_thirds():
     assert head_to_tail([3, 9, 3, 100]).tolist() == [3, 1, 0, 2]  # equal counts keep the order of their labels
+    twos_and_ones = [1, 2] * 50  # many, because NumPy's default sort happens to be stable for a few
+    assert head_to_tail(twos_and_ones).tolist() == [*range(1, 100, 2), *range(0, 100, 2)]
     assert head_to_tail(torch.tensor([1, 2])).tolist() == [1, 0]
     parts = thirds(torch.arange(10))
     assert {k: v.tolist() for k, v in parts.items()} == {"head": [9, 8, 7, 6], "middle": [5, 4, 3], "tail": [2, 1, 0]}
@@ -249,6 +280,25 @@ def test_shapes_fit_in_the_frame_and_are_their_own_mirror_images():
     assert (corners.amax(1) == corners.amin(1)).all() and corners.max() <= 128  # grey, up to 0.5
 
 
+def test_place_size_and_colour_of_the_shapes():
+    """Measured on discs of 64 x 64 pixels, whose radius is .85 of the scale; a pixel is 1/32 of the half width."""
+    images = load("shapes", ".", "test", image_size=64).images[:200].numpy()
+    chroma = images.max(1).astype(int) - images.min(1)
+    covered = chroma > chroma.max((1, 2), keepdims=True) / 2
+    spans = [[np.flatnonzero(disc.any(axis))[[0, -1]] + (0, 1) for axis in (0, 1)] for disc in covered]
+    low, high = np.moveaxis(np.array(spans) / 32 - 1, -1, 0)
+    scale, centre = (high - low) / 2 / 0.85, (high + low) / 2
+    assert 0.48 < scale.min() < 0.52 and 0.73 < scale.max() < 0.77
+    for axis in (0, 1):
+        assert -0.22 < centre[:, axis].min() < -0.18 and 0.18 < centre[:, axis].max() < 0.22
+    brightest = np.array([image[:, c.argmax() // 64, c.argmax() % 64] for image, c in zip(images, chroma, strict=True)])
+    value, saturation = brightest.max(1) / 255, 1 - brightest.min(1) / brightest.max(1)
+    assert 0.845 < value.min() < 0.87 and value.max() > 0.98
+    assert 0.745 < saturation.min() < 0.77 and saturation.max() > 0.98
+    ground = images[:, 0, 0, 0] / 255
+    assert ground.min() < 0.02 and 0.48 < ground.max() < 0.505
+
+
 def test_shapes_can_be_told_apart_at_16_pixels():
     """By the nearest of 400 x 10 silhouettes: place, size and rotation vary more than this rule can make up for."""
     def silhouettes(split):
@@ -260,6 +310,44 @@ def test_shapes_can_be_told_apart_at_16_pixels():
     right = nearest == torch.arange(10).repeat_interleave(200)
     assert right.float().mean() > 0.9
     assert right.reshape(10, 200).float().mean(1).min() > 0.75
+
+
+def test_shapes_are_mirror_images_of_themselves_on_average_too():
+    """In the pictures, so with places and rotations: neither may favour a side."""
+    data = load("shapes", ".")
+    upside_down = {}
+    for c, name in enumerate(data.classes):
+        images = data.images[data.labels == c].float()
+        chroma = images.amax(1) - images.amin(1)
+        mean = (chroma / chroma.amax((1, 2), keepdim=True)).mean(0)
+        assert (mean - mean.flip(1)).abs().max() < 0.1, name  # standard error of a pixel: about 0.02
+        upside_down[name] = (mean - mean.flip(0)).abs().max()
+    assert min(upside_down[name] for name in ("triangle", "heart", "crescent")) > 0.25  # where there is one to find
+
+
+def test_middles_of_the_arcs_are_golden_sections_apart():
+    narrow = load("shapeslt", ".", rho=1)
+    for c in range(1, 10):
+        mean = np.exp(2j * np.pi * hues(narrow.images[narrow.labels == c])).mean()
+        if abs(mean) > 0.3:  # an arc close to the full circle has no clear middle
+            assert abs(np.angle(mean / np.exp(2j * np.pi * 0.6180339887 * c))) < 0.2, c
+    assert abs(mean) > 0.8  # the tail: sinc(1/4) = 0.90
+    wide = load("shapeslt", ".", "reference")
+    assert max(abs(np.exp(2j * np.pi * hues(wide.images[wide.labels == c])).mean()) for c in range(10)) < 0.15
+
+
+def test_ground_is_one_grey_in_every_corner():
+    images = load("shapes", ".", "test").images
+    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == corners[:, :1, :1]).all()
+    assert corners.max() > 122 and corners.min() < 5  # from black to a middle grey
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_other_sizes_show_the_same_shapes(size):
+    small, data = load("shapes", ".", "test", image_size=8).images, load("shapes", ".", "test", image_size=size).images
+    shrunk = torch.nn.functional.avg_pool2d(data.float(), size // 8)
+    assert (shrunk - small).abs().mean() < 1.5 and (shrunk.roll(1, 0) - small).abs().mean() > 15
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -368,6 +456,34 @@ def test_batches_that_cannot_be():
         Batches(data, 0)
     with pytest.raises(ValueError, match="class 2 has no image"):
         Batches(ImageSet(data.images, data.labels, ["a", "b", "c"]), 2, "uniform")
+
+
+@pytest.mark.parametrize("classes", ["data", "uniform", "sqrt"])
+def test_images_of_a_class_come_up_equally_often(classes):
+    data = small_set([100, 25, 9, 1])
+    i, y = drawn(Batches(data, 1000, classes, flip=False, seed=4), 40)
+    times, of_class = np.bincount(i, minlength=135), np.bincount(y, minlength=4) / [100, 25, 9, 1]
+    expected = of_class[data.labels]
+    assert (np.abs(times - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_empty_sets_and_empty_classes():
+    data = small_set([3, 2])
+    with pytest.raises(ValueError, match="has 0 images"):
+        Batches(ImageSet(data.images[:0], data.labels[:0], data.classes), 2)
+    hollow = ImageSet(data.images, data.labels, ["a", "b", "c"])
+    i, _ = drawn(Batches(hollow, 5), 1)  # in proportion to n_c a class of none is no trouble
+    assert sorted(i.tolist()) == [0, 1, 2, 3, 4]
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+def test_devices_that_are_not_there():
+    assert datasets.pick_device("cpu") == torch.device("cpu")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(InputError, match=f"--device {name} can't be used: ") as caught:
+            datasets.pick_device(name)
+        assert "\n" not in str(caught.value)
+    assert datasets.use_bf16("bf16", torch.device("cpu")) and not datasets.use_bf16("off", torch.device("cpu"))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -506,6 +622,53 @@ def test_cifar_from_an_archive_that_was_copied_here(tmp_path, monkeypatch, capsy
     assert (tmp_path / "cifar10-train-16.npz").exists()
 
 
+def test_a_file_that_is_refused_stays_as_it_is(tmp_path, monkeypatch):
+    """It may be the only copy, so it is neither deleted, nor replaced by a download. Nor is any code in it run."""
+    path, trace = tmp_path / f"cifar10-test-{SIZE}.npz", tmp_path / "went off"
+    monkeypatch.setattr(datasets, "download_cifar", None)  # would be an error if it were called
+    bomb = np.array([Bomb(str(trace))], dtype=object)
+    for change in ({}, {"labels": np.arange(20) % 11}, {"classes": bomb}, {"images": bomb}):
+        np.savez(path, **prepared_arrays() | change)
+        content = path.read_bytes() if change else path.read_bytes()[:-500]
+        path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            load("cifar10", tmp_path, "test", SIZE)
+        assert str(path) in str(caught.value)
+        assert path.read_bytes() == content and os.listdir(tmp_path) == [path.name]
+    with np.load(path, allow_pickle=True) as file:
+        file["images"]
+    assert trace.exists()  # so it would have run
+
+
+@pytest.mark.parametrize("name, size, prepared", [
+    ("cifar100lt", 16, "cifar100-train-32.npz"), ("cifar10", 32, "cifar10-train-32.npz"),
+    ("cifar10imb", None, "cifar10-test-32.npz"),
+])
+def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch, name, size, prepared):
+    import torchvision
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no\nnetwork")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", no_network)  # CIFAR100 inherits it
+    with pytest.raises(InputError, match="no network") as caught:
+        load(name, tmp_path, "reference", image_size=size)
+    assert prepared in str(caught.value) and "https://" in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_refuses(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(InputError, match="cannot write .*disk full") as caught, atomic_write(path) as file:
+        file.write(b"half")
+        raise OSError("disk full")
+    assert str(path) in str(caught.value) and path.read_bytes() == b"old"
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(InputError, match="cannot write"), atomic_write(tmp_path / "directory") as file:
+        file.write(b"new")
+    assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
 # Your own images ------------------------------------------------------------------------------------------------------
 def solid(colour, size=(20, 20), mode="RGB"):
     return Image.new(mode, size, colour)
@@ -639,6 +802,29 @@ def test_folders_that_are_not_laid_out_as_they_should_be(birds, tmp_path):
     assert "'emu' is in train but not in test" in error(split="test")
 
 
+def test_a_damaged_prepared_folder_is_named(birds, tmp_path):
+    path = tmp_path / f"folder-birds-train-{SIZE}.npz"
+    load(f"folder:{birds}", tmp_path, image_size=SIZE)
+    content = path.read_bytes()[:-500]
+    path.write_bytes(content)
+    for _ in range(2):  # with the folder, and without
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            load(f"folder:{birds}", tmp_path, image_size=SIZE)
+        assert str(path) in str(caught.value) and path.read_bytes() == content
+        if birds.exists():
+            birds.rename(tmp_path / "gone")
+
+
+def test_images_taken_away_and_classes_renamed(birds, tmp_path):
+    name = f"folder:{birds}"
+    assert load(name, tmp_path, image_size=SIZE).counts.tolist() == [1, 3]
+    (birds / "train/owl/0.png").unlink()
+    assert load(name, tmp_path, image_size=SIZE).counts.tolist() == [1, 2]
+    (birds / "train/kiwi").rename(birds / "train/wren")
+    data = load(name, tmp_path, image_size=SIZE)
+    assert data.classes == ["owl", "wren"] and data.counts.tolist() == [2, 1]
+
+
 # python datasets.py ---------------------------------------------------------------------------------------------------
 def bar_lengths(path, rows):
     """How many pixels of the bars' colour each row of a picture has."""
@@ -695,6 +881,11 @@ def test_command_orders_by_count_and_does_without_a_test_split(birds, tmp_path, 
     ([], "required: NAME"),
     (["cifar10tl"], "unknown data set 'cifar10tl'; did you mean cifar10lt"),
     (["shapes", "--out", "file/picture.png"], "cannot write"),
+    (["shapeslt", "--rho", "0.5"], "rho is 0.5"),
+    (["shapeslt", "--rho", "1e6"], "the head class has 1000"),
+    (["shapes", "--image", "8"], "unrecognized"),  # no abbreviations
+    (["folder:nowhere"], "is no directory"),
+    (["cifar10", "--data-dir", "file"], "cannot make the data directory file"),
 ])
 def test_command_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -703,3 +894,9 @@ def test_command_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys,
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("datasets.py: error: ") and message in captured.err
+
+
+def test_command_errors_as_a_process_of_its_own(run_script, tmp_path):
+    done = run_script("datasets.py", "cifar10tl", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "did you mean cifar10lt" in done.stderr
+    assert done.stderr.startswith("datasets.py: error: ") and done.stderr.count("\n") == 1
