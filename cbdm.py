@@ -81,18 +81,18 @@ DATASETS = {
     # Ours: sized for two CPU cores and a few minutes. With the regulariser from the first step on, each step costs twice as
     # much; so the run does what the second block of Table 2 does in two: a DDPM first, then CBDM fine-tunes it.
     "shapeslt": CIFAR100LT | dict(
-        image_size=16, steps=2500, regularise_after=0.84, batch_size=32,
+        image_size=16, steps=2800, regularise_after=0.85, batch_size=32,
         lr=3e-3, beta2=0.99, warmup=100, lr_schedule="cosine", ema=0.995, dropout=0.0,
         channels=32, multipliers=[1, 1, 2], blocks=1, attention_level=2, prediction="v", noise_schedule="cosine",
         guidance=1.5, sampler="ddim", ddim_steps=25, clip_x0=True,
-        eval_images=500, sample_every=500, save_every=250,
+        eval_images=500, sample_every=700, save_every=350,
     ),
 }
 DATASETS["shapes"] = DATASETS["shapeslt"]
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
-        "features", "reference", "guidance", "sampler", "ddim_steps", "ddim_eta", "clip_x0"}
+        "features", "reference", "guidance", "sampler", "ddim_steps", "clip_x0"}
 
 
 def parse_settings(argv=None):
@@ -112,7 +112,6 @@ def parse_settings(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )
     parser.error = fail
-
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cifar100lt", help="a name that datasets.py knows, or folder:PATH")
     group.add_argument("--rho", type=float, default=rho, help="imbalance ratio of a long-tailed set; P: 100")
@@ -120,7 +119,6 @@ def parse_settings(argv=None):
     group.add_argument("--image-size", type=int, help="pixels")
     group.add_argument("--resample", choices=("data", "uniform", "sqrt"), default="data",
                        help="class distribution of the training images; uniform is RS, sqrt is RS-SQRT in Table 1")
-
     group = parser.add_argument_group("method")
     group.add_argument("--tau", type=float, default=0.001, help="weight of the regulariser, P §4.3; 0 is DDPM")
     group.add_argument("--gamma", type=float, default=0.25, help="weight of the commitment term, P §3.3")
@@ -130,14 +128,12 @@ def parse_settings(argv=None):
     group.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts; v: ours, for short runs")
     group.add_argument("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1")
     group.add_argument("--drop-whole-batch", action="store_true", help="drop the labels of whole batches, C")
-
     group = parser.add_argument_group("network")
     group.add_argument("--channels", type=int, help="width of the first level")
     group.add_argument("--multipliers", type=int, nargs="+", help="width of each level, in units of --channels")
     group.add_argument("--blocks", type=int, help="residual blocks a level")
     group.add_argument("--attention-level", type=int, help="the level with self-attention, counted from 0")
     group.add_argument("--dropout", type=float, help="inside the residual blocks")
-
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, help="optimiser steps")
     group.add_argument("--batch-size", type=int, help="images a step")
@@ -148,24 +144,20 @@ def parse_settings(argv=None):
     group.add_argument("--ema", type=float, help="decay of the averaged weights, which are the ones that sample")
     group.add_argument("--init-from", metavar="CHECKPOINT", help="start from another run's averaged weights (fine-tuning)")
     group.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and labels")
-
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto takes CUDA, then MPS, then the CPU")
     group.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16; auto: where hardware has it")
     group.add_argument("--compile", action="store_true", help="torch.compile: faster steps after a minute or more of waiting")
-
     group = parser.add_argument_group("run")
     group.add_argument("--run-dir", help="default: runs/cbdm-<dataset>-<what differs>-s<seed>")
     group.add_argument("--sample-every", type=int, help="steps between two sample grids; 0: none")
     group.add_argument("--save-every", type=int, help="steps between two checkpoints")
-
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-images", type=int, help="samples to score at the end; 0: none")
     group.add_argument("--eval-only", action="store_true", help="sample from and score the checkpoint, do not train")
     group.add_argument("--guidance", type=float, help="omega, P §4.1")
     group.add_argument("--sampler", choices=("ancestral", "ddim"), help="ancestral takes all 1000 steps")
     group.add_argument("--ddim-steps", type=int, help="steps of DDIM, also for the grids during training")
-    group.add_argument("--ddim-eta", type=float, default=0.0, help="noise of DDIM, 0 is deterministic (P)")
     group.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
     group.add_argument("--features", help="inception, inception-fid or classifier:PATH; default: a classifier of the shapes "
                        "for shapes, inception otherwise")
@@ -190,9 +182,9 @@ def check_settings(args):
     rules |= dict.fromkeys(("tau", "gamma", "warmup", "sample_every", "eval_images", "seed"),
                            ("0 or more, and finite", lambda v: 0 <= v < math.inf))
     rules |= dict.fromkeys(("ema", "beta2", "dropout", "regularise_after"), below_1)
-    rules |= dict.fromkeys(("drop_rate", "ddim_eta"), ("from 0 to 1", lambda v: 0 <= v <= 1))
     levels = len(args.multipliers)
     rules |= {
+        "drop_rate": ("from 0 to 1", lambda v: 0 <= v <= 1),
         "lr": ("a positive number", lambda v: 0 < v < math.inf),
         "guidance": ("a finite number", math.isfinite),
         "ddim_steps": (f"2 to {T}", lambda v: 2 <= v <= T),
@@ -430,10 +422,10 @@ def ancestral_step(x_t, eps_hat, t, z, clip=False, alpha_bar=LINEAR):
     return mean + (1 - alpha) ** 0.5 * z if t > 0 else mean
 
 
-def ddim_step(x_t, eps_hat, t, t_prev, z, eta=0.0, clip=False, alpha_bar=LINEAR):
+def ddim_step(x_t, eps_hat, t, t_prev, clip=False, alpha_bar=LINEAR, eta=0.0, z=0.0):
     """x at t_prev (-1: the image itself) from x_t, with t_prev < t. DDIM, Song et al. 2021, Eqs 12 and 16.
 
-    eta = 0 is deterministic; eta = 1 has the variance of the posterior of the forward process.
+    eta = 0, the "deterministic" of P, needs no noise z; eta = 1 has the variance of the posterior of the forward process.
     """
     a, a_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
     x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
@@ -455,7 +447,6 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
     noise = functools.partial(torch.randn, generator=generator, device=device)
     y = y.to(device)
     shape = (len(y), 3, args.image_size, args.image_size)
-    deterministic = sampler == "ddim" and args.ddim_eta == 0
     # DDIM with 100 steps visits 0, 10, ..., 990; P and C do not say which.
     times = [i * T // args.ddim_steps for i in range(args.ddim_steps)] if sampler == "ddim" else range(T)
 
@@ -469,11 +460,10 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
                 twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
                 h = guided(*model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2), args.guidance)
         eps_hat = h if args.prediction == "eps" else eps_of_velocity(h, x, t, alpha_bar)
-        z = 0.0 if deterministic else noise(shape)
         if sampler == "ddim":
-            x = ddim_step(x, eps_hat, t, t_prev, z, args.ddim_eta, args.clip_x0, alpha_bar)
+            x = ddim_step(x, eps_hat, t, t_prev, args.clip_x0, alpha_bar)
         else:
-            x = ancestral_step(x, eps_hat, t, z, args.clip_x0, alpha_bar)
+            x = ancestral_step(x, eps_hat, t, noise(shape), args.clip_x0, alpha_bar)
         if progress is not None:
             progress.update(len(y) / len(times))
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
@@ -501,12 +491,6 @@ def check_same_run(args, found, run_dir):
     differs = [f"--{k.replace('_', '-')} {found.get(k)} there, {v} now" for k, v in now.items() if found.get(k) != v]
     if differs:
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
-
-
-def write_config(path, args, **more):
-    """config.json: every setting, and what the run stands on."""
-    with atomic_write(path) as file:
-        file.write(json.dumps({"settings": vars(args), **environment(), **more}, indent=2).encode())
 
 
 def trim_log(path, step):
@@ -551,7 +535,7 @@ def sample_all(path, model, labels, args, amp, step):
     """Samples of all labels (N,), (N, 3, H, W) uint8, written to `path`; those that are there already are not made again."""
     device = next(model.parameters()).device
     at_once = max(1, int(SAMPLING_BATCH[device.type] * 32**2 / args.image_size**2))
-    made_with = str([step, len(labels), at_once, args.seed, args.guidance, args.sampler, args.ddim_steps, args.ddim_eta,
+    made_with = str([step, len(labels), at_once, args.seed, args.guidance, args.sampler, args.ddim_steps,
                      args.clip_x0, args.image_size])
     images, part = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8), path.with_name("samples.part")
     for file in filter(Path.exists, (path, part)):  # of a finished or an interrupted evaluation
@@ -655,7 +639,9 @@ def main(argv=None):
     def draw_grid(step):
         order = torch.from_numpy(datasets.head_to_tail(train.counts))
         rows = order[torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()]
-        images = sample(ema_net, rows.repeat_interleave(GRID_COLUMNS), args, amp, args.seed, "ddim")
+        # The same noise for each grid. Row by row on a CPU, whose memory is small.
+        y = rows.repeat_interleave(GRID_COLUMNS).split(GRID_COLUMNS if device.type == "cpu" else GRID_ROWS * GRID_COLUMNS)
+        images = torch.cat([sample(ema_net, part, args, amp, args.seed + i, "ddim") for i, part in enumerate(y)])
         write_grid(run_dir / "samples" / f"step-{step:07d}.png", images, GRID_COLUMNS)
 
     # SIGINT (Ctrl-C) and SIGTERM finish the step, save and stop; a second one stops at once.
@@ -669,11 +655,14 @@ def main(argv=None):
     if start < args.steps and not args.eval_only:
         trim_log(log_file, start)
         name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-        write_config(run_dir / "config.json", args, device=name, bf16=amp, parameters=parameters)
+        with atomic_write(run_dir / "config.json") as file:
+            config = {"settings": vars(args), **environment(), "device": name, "bf16": amp, "parameters": parameters}
+            file.write(json.dumps(config, indent=2).encode())
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
         model.train()
         began = last = time.monotonic()
+        last_step = start
         with open(log_file, "a") as log, tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
             for step in range(start, args.steps):
                 # Alg. 1, lines 2 to 4: images, noise, a step for each. t and y' are drawn on the CPU, where the schedule is.
@@ -721,10 +710,11 @@ def main(argv=None):
                 if done % LOG_EVERY == 0 or done == args.steps:
                     check_finite(done)
                     row = dict(zip(("L_DM", "L_r", "L_rc", "gradient_norm"), (sums / logged).tolist(), strict=True))
-                    rate, last = logged / (time.monotonic() - last), time.monotonic()
+                    rate = (done - last_step) / (time.monotonic() - last)
                     log.write(json.dumps({"step": done, **row, "lr": learning_rate(step, args), "images": done * B,
                                           "steps_per_second": round(rate, 3)}) + "\n")
                     log.flush()
+                    last, last_step = time.monotonic(), done
                     bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items()), refresh=False)
                     sums.zero_()
                     logged = 0

@@ -212,7 +212,7 @@ def save_classifier(path, network, dataset, split, classes, image_size, settings
         "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"],
         "test_accuracy": test_accuracy,
         "resnet32": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
-    }  # fmt: skip
+    }
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
@@ -259,7 +259,7 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
     <data_dir>/classifier-shapes-<size>.pt, any other as runs/<name>/classifier.pt. That judge learns from the reference
     split, which is drawn independently of every training split: it has not seen what a generator learnt from.
     """
-    test_set = datasets.load(dataset, data_dir, "test", image_size, rho, seed)
+    test_set = datasets.load(dataset, data_dir, "test", image_size, rho)
     size = test_set.images.shape[-1]
     if path is None:
         path = Path("runs") / run_name(dataset, split, size, rho, seed) / "classifier.pt"
@@ -283,9 +283,9 @@ def run_name(dataset, split, image_size, rho, seed, changed=()):
 
 def train_and_save(path, dataset, data_dir, split, image_size, rho, seed, device, settings=None, amp="auto", log=None):
     """Train on one split, test on "test", save to `path`, print how good it is; arguments as in `frozen_classifier`."""
-    train_set = datasets.load(dataset, data_dir, split, image_size, rho, seed)
-    test_set = datasets.load(dataset, data_dir, "test", image_size, rho, seed)
-    train_counts = datasets.load(dataset, data_dir, "train", image_size, rho, seed).counts
+    train_set = datasets.load(dataset, data_dir, split, image_size, rho)
+    test_set = datasets.load(dataset, data_dir, "test", image_size, rho)
+    train_counts = datasets.load(dataset, data_dir, "train", image_size, rho).counts
     settings = settings or recipe_for(dataset, len(train_set.labels))
     network = train_classifier(train_set, settings, seed, device, use_bf16(amp, torch.device(device)), log)
     shares = accuracy(network, test_set, train_counts, device)
@@ -330,7 +330,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    train_set = datasets.load(args.dataset, args.data_dir, args.split, args.image_size, args.rho, args.seed)
+    train_set = datasets.load(args.dataset, args.data_dir, args.split, args.image_size, args.rho)
     size = train_set.images.shape[-1]
     settings = recipe_for(args.dataset, len(train_set.labels))
     given = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "schedule")}

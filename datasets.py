@@ -553,7 +553,9 @@ def run_command(main):
     """Calls main(); what the person at the keyboard can mend ends as one line on stderr and status 2."""
     try:
         main()
-    except InputError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:  # OSError: a full disk, a name too long; it says which file
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

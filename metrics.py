@@ -413,13 +413,13 @@ def reference_features(real, key, network, data_dir, device, batch_size):
 # All scores of a set of samples
 # ----------------------------------------------------------------------------------------------------------------------
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None, image_size=None,
-             seed=0, device="cpu", batch_size=100):  # fmt: skip
+             device="cpu", batch_size=100):
     """Every score of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
 
     labels      tensor; None for a generator without classes: the scores that need none
     features    a name for `load_feature_network`; None: "inception", but for the shapes data their judge, which is
                 trained now (seconds) if it is not there
-    reference   the split to compare with; rho, image_size and seed as in datasets.load
+    reference   the split to compare with; rho and image_size as in datasets.load
     returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON. Head,
                 middle and tail are thirds of the classes by the number of *training* images. None: could not be
                 computed (a class without samples, no labels, no classifier).
@@ -434,12 +434,12 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     images, labels = torch.as_tensor(images), None if labels is None else torch.as_tensor(labels)
     if rho is None and dataset in datasets.LONG_TAILED:
         rho = datasets.DEFAULT_RHO
-    real = datasets.load(dataset, data_dir, reference, image_size, rho, seed)
-    train_counts = datasets.load(dataset, data_dir, "train", image_size, rho, seed).counts
+    real = datasets.load(dataset, data_dir, reference, image_size, rho)
+    train_counts = datasets.load(dataset, data_dir, "train", image_size, rho).counts
     K, size, shapes = len(real.classes), real.images.shape[-1], dataset.startswith("shapes")
     if images.shape[1:] != real.images.shape[1:]:
         raise InputError(f"samples are {images.shape[-2]} x {images.shape[-1]} pixels and {dataset} {size} x {size}; "
-                         "--image-size sets the latter")  # fmt: skip
+                         "--image-size sets the latter")
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         raise InputError(f"labels go from {labels.min()} to {labels.max()}; {dataset} has the classes 0 to {K - 1}")
     if features is None and shapes:
@@ -478,7 +478,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         "dataset": dataset, "image_size": size, "rho": rho, "features": features, "metric": network.metric,
         "reference": reference, "reference_images": len(real.labels), "samples": len(images),
         "labels": labels is not None, "classifier_accuracy": network.info and network.info["test_accuracy"]["all"],
-    }}  # fmt: skip
+    }}
     for group, classes in {"all": range(K), **datasets.thirds(train_counts)}.items():
         rows = [per_class[k] for k in classes]
         result[group] = scores(list(classes))
@@ -508,18 +508,18 @@ def format_table(result, per_class=False):
     share = p["classifier_accuracy"]
     judge = "" if share is None else f" (right on {share:.1%} of the test images)"
     lines = [f"{p['samples']} samples against {p['reference_images']} images ({p['dataset']}, {p['reference']} split, "
-             f"{p['image_size']} pixels); features {p['features']}{judge}"]  # fmt: skip
+             f"{p['image_size']} pixels); features {p['features']}{judge}"]
     if not p["labels"]:
         lines.append("The samples have no labels: scores of the whole set only.")
     score = "IS" if p["metric"] == "FID" else f"IS({p['features'].split(':')[0]})"
     columns = {"samples": "samples", "fd": p["metric"], "intra_fd": f"intra-{p['metric']}", "intra_fd_std": "+-",
                "recognised": "recognised", "effective_hues": "hues", "reference_hues": "real hues",
-               "inception_score": score, "kl_to_uniform": "KL to uniform"}  # fmt: skip
+               "inception_score": score, "kl_to_uniform": "KL to uniform"}
     groups = {name: result[name] for name in ("all", "head", "middle", "tail")}
     lines += text_table(groups, columns)
     if per_class:
         columns = {"train_images": "train images", "samples": "samples", "fd": p["metric"], "recognised": "recognised",
-                   "seen": "seen", "effective_hues": "hues", "reference_hues": "real hues"}  # fmt: skip
+                   "seen": "seen", "effective_hues": "hues", "reference_hues": "real hues"}
         lines += ["", *text_table({row["name"]: row for row in result["per_class"]}, columns)]
     return "\n".join(lines)
 
@@ -567,16 +567,15 @@ def parse_args():
     group.add_argument("--rho", type=float, help="imbalance ratio of a long-tailed set (default: 100)")
     group.add_argument("--image-size", type=int, help="pixels a side (default: the data set's own)")
     group.add_argument("--data-dir", default="data", help="where data sets and their features are kept (default: data)")
-    group.add_argument("--seed", type=int, default=0, help="of the training split, for --reference train (default: 0)")
     group = parser.add_argument_group("features")
     group.add_argument("--features", help="inception (default), inception-fid (the FID of papers) or classifier:PATH "
-                       "(default for shapes: their judge, trained when first needed)")  # fmt: skip
+                       "(default for shapes: their judge, trained when first needed)")
     group.add_argument("--device", default="auto", help="auto (default): CUDA, else MPS, else the CPU")
     group.add_argument("--batch-size", type=int, default=100, help="images through the network at once (default: 100)")
     group = parser.add_argument_group("output")
     group.add_argument("--per-class", action="store_true", help="print a row for each class")
     group.add_argument("--out", type=Path, help="directory for metrics.json and per_class.csv "
-                       "(default: beside the samples, as <samples>-metrics.json, <samples>-per_class.csv)")  # fmt: skip
+                       "(default: beside the samples, as <samples>-metrics.json, <samples>-per_class.csv)")
     args = parser.parse_args()
     if args.batch_size < 1:
         fail(f"--batch-size {args.batch_size}: at least 1")
@@ -587,7 +586,7 @@ def main():
     args = parse_args()
     images, labels = load_samples(args.samples)
     result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                      args.image_size, args.seed, pick_device(args.device), args.batch_size)  # fmt: skip
+                      args.image_size, pick_device(args.device), args.batch_size)
     print(format_table(result, args.per_class))
     if args.out:
         try:
