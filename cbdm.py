@@ -696,10 +696,10 @@ def main(argv=None):
 
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args)
-                optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # C
                 optimizer.step()
+                optimizer.zero_grad()  # here, so that the next forward pass has their memory
                 # EMA in one call for all weights: ema <- ema + (1 - decay) (weights - ema), from the first step on (C).
                 torch._foreach_lerp_(ema_weights, weights, 1 - args.ema)
 
