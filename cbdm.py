@@ -13,7 +13,7 @@ composition and colour, which classes can share; in the late steps, which tell c
     python cbdm.py --dataset cifar100lt --eval-only --sampler ddim     # Table 6; replaces the run's samples and scores
 
 Each command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number of threads; with
-the same data and noise on a GPU. Cost: shapeslt 4 minutes on two CPU cores; cifar100lt 11 s a step there (never run in full).
+the same data and noise on a GPU. Cost: shapeslt 5 minutes on two CPU cores; cifar100lt 11 s a step there (never run in full).
 
 P is the paper and C the authors' code (github.com/qym7/CBDM-pytorch). From C, because P does not say: gradients clipped at
 norm 1, averaged weights (EMA) for sampling, horizontal flips, dropout 0.1, the sizes of the U-Net. Where we differ, and why:
