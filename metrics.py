@@ -409,24 +409,37 @@ def reference_features(real, key, network, data_dir, device, batch_size):
     return features
 
 
+def load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size=100):
+    """The FeatureNetwork that `features` names, and the features (N, D) of the ImageSet `real`; see `evaluate`."""
+    classes, size = real.classes, real.images.shape[-1]
+    if features is None and dataset.startswith("shapes"):
+        judge = frozen_classifier(dataset, data_dir, split="reference", image_size=size, device=device)
+        features = f"classifier:{judge.info['path']}"
+    network = load_feature_network(features or "inception", device, classes, size)
+    return network, reference_features(real, reference_key(dataset, reference, rho), network, data_dir, device, batch_size)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # All scores of a set of samples
 # ----------------------------------------------------------------------------------------------------------------------
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None, image_size=None,
-             device="cpu", batch_size=100):
+             device="cpu", batch_size=100, seen=None):
     """Every score of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
 
     labels      tensor; None for a generator without classes: the scores that need none
     features    a name for `load_feature_network`; None: "inception", but for the shapes data their judge, which is
                 trained now (seconds) if it is not there
     reference   the split to compare with; rho and image_size as in datasets.load
+    seen        (N,) the class that an annotator sees in each sample; None: what the features' own classifier sees, if
+                they are a classifier's
     returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON. Head,
                 middle and tail are thirds of the classes by the number of *training* images. None: could not be
                 computed (a class without samples, no labels, no classifier).
                     fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
                     intra_fd, _std       mean and deviation over classes of d^2 within a class
-                    recognised           share that the classifier takes for the class it was made for
-                    seen                 samples that the classifier takes for this class (per class alone)
+                    recognised           share that classifier or annotator take for the class it was made for
+                    seen_share           share of all samples that they take for one of these classes
+                    seen                 the same in numbers (per class alone)
                     effective_hues       mean over classes (shapes); reference_hues: of as many real images
                     inception_score, _std, kl_to_uniform (of the classes that the classifier sees): for "all" alone
     raises      InputError
@@ -442,19 +455,18 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                          "--image-size sets the latter")
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         raise InputError(f"labels go from {labels.min()} to {labels.max()}; {dataset} has the classes 0 to {K - 1}")
-    if features is None and shapes:
-        judge = frozen_classifier(dataset, data_dir, split="reference", image_size=size, device=device)
-        features = f"classifier:{judge.info['path']}"
-    features = features or "inception"
-    network = load_feature_network(features, device, real.classes, size)
-    key = reference_key(dataset, reference, rho)
-    real_features = reference_features(real, key, network, data_dir, device, batch_size)
+    network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size)
     fake_features, probabilities = extract_features(images, network, device, batch_size)
-    seen = probabilities.argmax(1) if network.info else None  # (N,) the class that the classifier sees in each sample
+    if seen is not None:
+        seen = check_labels(seen, images, "seen")
+    elif network.info:
+        seen = probabilities.argmax(1)
 
     def scores(classes):
         """Of the samples made for these classes, against the real images of these classes."""
-        row = dict.fromkeys(("samples", "fd", "recognised", "effective_hues", "reference_hues"))
+        row = dict.fromkeys(("samples", "fd", "recognised", "seen_share", "effective_hues", "reference_hues"))
+        if seen is not None:
+            row["seen_share"] = float(np.isin(seen, classes).mean())
         if labels is None and len(classes) < K:
             return row
         mine = np.ones(len(images), bool) if labels is None else np.isin(labels, classes)
@@ -475,7 +487,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         per_class.append(row)
 
     result = {"protocol": {
-        "dataset": dataset, "image_size": size, "rho": rho, "features": features, "metric": network.metric,
+        "dataset": dataset, "image_size": size, "rho": rho, "features": network.name, "metric": network.metric,
         "reference": reference, "reference_images": len(real.labels), "samples": len(images),
         "labels": labels is not None, "classifier_accuracy": network.info and network.info["test_accuracy"]["all"],
     }}
@@ -513,7 +525,7 @@ def format_table(result, per_class=False):
         lines.append("The samples have no labels: scores of the whole set only.")
     score = "IS" if p["metric"] == "FID" else f"IS({p['features'].split(':')[0]})"
     columns = {"samples": "samples", "fd": p["metric"], "intra_fd": f"intra-{p['metric']}", "intra_fd_std": "+-",
-               "recognised": "recognised", "effective_hues": "hues", "reference_hues": "real hues",
+               "recognised": "recognised", "seen_share": "seen", "effective_hues": "hues", "reference_hues": "real hues",
                "inception_score": score, "kl_to_uniform": "KL to uniform"}
     groups = {name: result[name] for name in ("all", "head", "middle", "tail")}
     lines += text_table(groups, columns)
@@ -570,6 +582,8 @@ def parse_args():
     group = parser.add_argument_group("features")
     group.add_argument("--features", help="inception (default), inception-fid (the FID of papers) or classifier:PATH "
                        "(default for shapes: their judge, trained when first needed)")
+    group.add_argument("--annotator", metavar="PATH", help="a checkpoint of classifier.py that says which class a sample shows "
+                       "(default: that of --features, if it is one)")
     group.add_argument("--device", default="auto", help="auto (default): CUDA, else MPS, else the CPU")
     group.add_argument("--batch-size", type=int, default=100, help="images through the network at once (default: 100)")
     group = parser.add_argument_group("output")
@@ -585,8 +599,13 @@ def parse_args():
 def main():
     args = parse_args()
     images, labels = load_samples(args.samples)
+    device, seen = pick_device(args.device), None
+    if args.annotator:
+        classes = datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho).classes
+        annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
+        seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
     result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                      args.image_size, pick_device(args.device), args.batch_size)
+                      args.image_size, device, args.batch_size, seen)
     print(format_table(result, args.per_class))
     if args.out:
         try:

@@ -22,6 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cbdm  # noqa: E402
+import cbgan  # noqa: E402
+import classifier  # noqa: E402
 import metrics  # noqa: E402
 
 GFLOP_FORWARD = 12.44  # one 32 x 32 image through the paper's U-Net (tests/test_cbdm.py counts it)
@@ -139,6 +141,86 @@ def compare(name, ways, gflop_image, peak):
         row(f"{name}, plain / {way}", [a / b for a, b in zip(seconds["plain"], seconds[way], strict=True)], "times")
 
 
+def cbgan_training(device, batch=64):
+    """One iteration of CBGAN at the paper's networks: D, G, the regulariser through a ResNet-32, two Adams, EMA."""
+    args = cbgan.parse_settings(["--dataset", "cifar10lt"])
+    x, w = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1, torch.ones(10, device=device)
+    amp = cbgan.use_bf16("auto", device)
+
+    def networks():
+        torch.manual_seed(0)
+        C = classifier.ResNet32(10, **classifier.CIFAR_STATISTICS).eval()
+        return [n.to(device) for n in (cbgan.build_generator(args, 10), cbgan.Discriminator(args, 10), C)]
+
+    def z():
+        return torch.randn(batch, cbgan.LATENT).to(device)
+
+    def losses(D_real, D_fake, seen):
+        p_hat = seen.float().softmax(1).mean(0)
+        return cbgan.relativistic_loss(D_fake, D_real) + 10 * cbgan.class_balancing_regulariser(p_hat, w)
+
+    def plain():
+        """As the release has it: float32, D twice a step, gradients for D and C in the generator's step."""
+        G, D, C = networks()
+        ema = copy.deepcopy(G)
+        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, foreach=False) for n in (G, D)]
+
+        def step():
+            loss = cbgan.relativistic_loss(D(x)[0], D(G(z()).detach())[0])
+            adam[1].zero_grad()
+            loss.backward()
+            adam[1].step()
+            fake = G(z())
+            loss = losses(D(x)[0], D(fake)[0], C(fake))
+            adam[0].zero_grad()
+            loss.backward()
+            adam[0].step()
+            with torch.no_grad():
+                new = G.state_dict()
+                for name, value in ema.state_dict().items():
+                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
+
+        return step
+
+    def ours():
+        """The lines of cbgan.py's loop."""
+        G, D, C = (n.to(memory_format=torch.channels_last) for n in networks())
+        C.requires_grad_(False)
+        (means, values), (copies, originals) = cbgan.state_pairs(copy.deepcopy(G), G)
+        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, fused=True) for n in (G, D)]
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                with torch.no_grad():
+                    fake = G(z())
+                scores, _ = D(torch.cat([x, fake]))
+            loss = cbgan.relativistic_loss(*scores.chunk(2))
+            adam[1].zero_grad()
+            loss.backward()
+            adam[1].step()
+            D.requires_grad_(False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                fake = G(z())
+                D_fake, _ = D(fake)
+                with torch.no_grad():
+                    D_real, _ = D(x)
+                seen = C(fake)
+            D.requires_grad_(True)
+            loss = losses(D_real, D_fake, seen)
+            adam[0].zero_grad()
+            loss.backward()
+            adam[0].step()
+            torch._foreach_lerp_(means, values, 1 - 0.9999)
+            torch._foreach_copy_(copies, originals)
+
+        return step
+
+    plain, ours = in_turn([plain(), ours()], runs=7)
+    row(f"CBGAN training step, {batch} images, plain", plain, "s")
+    row(f"CBGAN training step, {batch} images, ours", ours, "s", f"{batch / statistics.median(ours):.1f} images/s")
+    row("CBGAN training step, plain / ours", [a / b for a, b in zip(plain, ours, strict=True)], "times")
+
+
 def frechet():
     """Against scipy's matrix square root, on the same features."""
     from scipy import linalg
@@ -207,7 +289,7 @@ def start_up(device, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of the CPU")
-    parser.add_argument("--only", default="start_up,training,sampling,frechet", help="which parts, with commas between")
+    parser.add_argument("--only", default="start_up,training,sampling,cbgan,frechet", help="which parts, with commas between")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = cbdm.pick_device("auto")
@@ -216,8 +298,8 @@ def main():
     peak = {name: row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
             for name in ("float32", "bfloat16")}
     for part in args.only.split(","):
-        {"training": lambda: training(device, peak), "sampling": lambda: sampling(device, peak), "frechet": frechet,
-         "start_up": lambda: start_up(device, args.threads)}[part]()
+        {"start_up": lambda: start_up(device, args.threads), "training": lambda: training(device, peak),
+         "sampling": lambda: sampling(device, peak), "cbgan": lambda: cbgan_training(device), "frechet": frechet}[part]()
 
 
 if __name__ == "__main__":

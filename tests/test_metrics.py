@@ -438,7 +438,8 @@ def test_a_class_without_samples_is_missing_not_zero(data_dir, samples):
     assert result["tail"]["samples"] == 51 and result["tail"]["intra_fd"] == result["per_class"][7]["fd"]
     only_head = labels < 4
     result = shapes_result(data_dir, images[only_head], labels[only_head])
-    assert result["tail"] == dict.fromkeys(result["tail"]) | {"samples": 0}
+    seen = result["tail"]["seen_share"]  # a classifier may see a class that was not asked for
+    assert seen < 0.1 and result["tail"] == dict.fromkeys(result["tail"]) | {"samples": 0, "seen_share": seen}
     assert "tail" in metrics.format_table(result)
 
 
@@ -447,9 +448,23 @@ def test_samples_without_labels(data_dir, samples):
     labelled = shapes_result(data_dir, *samples)
     for key in ("fd", "inception_score", "kl_to_uniform", "samples"):
         assert result["all"][key] == labelled["all"][key] is not None
-    assert result["head"] == dict.fromkeys(result["head"]) and result["all"]["recognised"] is None
+    seen = result["head"]["seen_share"]
+    assert result["head"] == dict.fromkeys(result["head"]) | {"seen_share": seen} and result["all"]["recognised"] is None
+    assert seen == pytest.approx(sum(row["seen"] for row in result["per_class"][:4]) / 500)
     assert [row["seen"] for row in result["per_class"]] == [row["seen"] for row in labelled["per_class"]]
     assert "no labels" in metrics.format_table(result) and "no labels" not in metrics.format_table(labelled)
+
+
+def test_an_annotator_may_count_in_the_place_of_the_features(data_dir, samples):
+    seen = np.repeat(np.arange(10), [32, 4, 2, 2, 2, 2, 2, 2, 1, 1])
+    images = samples[0][:50]
+    result = metrics.evaluate(images, None, "shapeslt", data_dir, image_size=SIZE, seen=seen)
+    r = np.bincount(seen) / 50
+    assert result["all"]["kl_to_uniform"] == pytest.approx((r * np.log(10 * r)).sum())
+    assert [row["seen"] for row in result["per_class"]] == np.bincount(seen).tolist()
+    assert result["tail"]["seen_share"] == pytest.approx(4 / 50) and result["all"]["seen_share"] == 1
+    with pytest.raises(ValueError, match="seen"):
+        metrics.evaluate(images, None, "shapeslt", data_dir, image_size=SIZE, seen=seen[:-1])
 
 
 def test_is_does_not_depend_on_the_order_of_the_samples(data_dir, samples, monkeypatch):

@@ -1,0 +1,774 @@
+"""cbgan.py: each equation against a value found another way, the propositions, the networks, resume, errors, whole runs."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+
+import cbgan
+import classifier
+import datasets
+from cbgan import class_balancing_regulariser, class_weights, effective_class_distribution, effective_class_frequency
+from datasets import InputError
+
+CIFAR10_LT = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], dtype=torch.float64)  # rho = 100
+
+
+def settings(**changed):
+    """What the networks read of the command line; the paper's SNDCGAN unless changed."""
+    plain = dict(architecture="sndcgan", image_size=32, width=64, discriminator_width=64, slope=0.1, conditioning="none",
+                 generator_spectral_norm=False)
+    return types.SimpleNamespace(**plain | changed)
+
+
+def count(network):
+    return sum(w.numel() for w in network.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- Eqs 2 and 3
+
+
+def test_relativistic_loss():
+    real, fake = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 3.0])
+    by_hand = -np.mean([math.log(1 / (1 + math.exp(-d))) for d in (1.0, -3.0, -2.5)])
+    assert cbgan.relativistic_loss(real, fake).item() == pytest.approx(by_hand, rel=1e-6)
+    assert cbgan.relativistic_loss(real, real).item() == pytest.approx(math.log(2))
+    # Pairs go by their place in the batch, not all with all.
+    assert cbgan.relativistic_loss(real, fake) != cbgan.relativistic_loss(real, fake[[2, 0, 1]])
+    huge = cbgan.relativistic_loss(torch.tensor([-1e4]), torch.tensor([1e4]))
+    assert huge.isfinite() and huge.item() == pytest.approx(2e4)
+
+
+# --------------------------------------------------------------------------------------- Eqs 5 and 6, class statistics
+
+
+def test_effective_class_frequency_has_a_closed_form():
+    g = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 1000, (7, 5), generator=g).double()
+    alpha, beta, N_hat = 0.3, 0.8, torch.ones(5, dtype=torch.float64)
+    for c in counts:
+        N_hat = effective_class_frequency(N_hat, c, alpha, beta)
+    T = len(counts)
+    closed = (1 - alpha) ** T + beta * sum((1 - alpha) ** (T - 1 - s) * counts[s] for s in range(T))
+    assert torch.allclose(N_hat, closed)
+    assert effective_class_distribution(N_hat).sum().item() == pytest.approx(1)
+
+
+def test_beta_only_weighs_the_start():
+    c = torch.tensor([9.0, 5.0, 1.0], dtype=torch.float64)
+    a, b = torch.full((3,), 4.0).double(), torch.full((3,), 4.0 / 0.25).double()
+    for _ in range(5):
+        a, b = effective_class_frequency(a, c, 0.5, 0.25), effective_class_frequency(b, c, 0.5, 1.0)
+    assert torch.allclose(a, 0.25 * b)
+    assert torch.allclose(effective_class_distribution(a), effective_class_distribution(b))
+
+
+def test_without_counts_the_distribution_stays():
+    N_hat = torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64)
+    for _ in range(20):
+        N_hat = effective_class_frequency(N_hat, torch.zeros(3), 0.5, 1.0)
+    assert torch.allclose(effective_class_distribution(N_hat), torch.tensor([0.5, 0.3, 0.2]).double())
+
+
+def test_inaturalist_is_not_levelled():
+    """1010 classes, 256 counts a step, alpha = beta = .005: N follows the shares. With C's floor of 1 it could not."""
+    rng = np.random.default_rng(0)
+    share = np.exp(-np.linspace(0, math.log(50), 1010))
+    share /= share.sum()
+    N_hat = torch.ones(1010, dtype=torch.float64)
+    for _ in range(3000):
+        N_hat = effective_class_frequency(N_hat, torch.from_numpy(rng.multinomial(256, share)), 0.005, 0.005)
+    assert np.corrcoef(N_hat, share)[0, 1] > 0.9 and N_hat.max() / N_hat.mean() > 2
+    assert N_hat.mean() < 0.5  # below C's floor
+
+
+def test_labels_are_drawn_in_inverse_proportion():
+    N = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    y = cbgan.draw_labels(100_000, N, "inverse", torch.Generator().manual_seed(0))
+    wanted = (1 / N) / (1 / N).sum()
+    assert torch.allclose(torch.bincount(y) / 1e5, wanted.float(), atol=0.006)
+    y = cbgan.draw_labels(100_000, N, "acgan", torch.Generator().manual_seed(0))
+    assert torch.allclose(torch.bincount(y) / 1e5, torch.full((4,), 0.25), atol=0.006)
+    assert cbgan.draw_labels(5, N, "none") is None
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 7, the regulariser
+
+
+def test_regulariser_by_hand():
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    N = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    eq_7 = 0.5 * math.log(0.5) / 0.6 + 0.25 * math.log(0.25) / 0.3 + 0.25 * math.log(0.25) / 0.1
+    assert class_balancing_regulariser(p, class_weights(N, "paper")).item() == pytest.approx(eq_7 / 3)  # lambda / K
+    w = np.array([1 / 0.6, 1 / 0.3, 1 / 0.1])
+    w *= 3 / w.sum()
+    assert class_weights(N, "sum-to-K").tolist() == pytest.approx(w.tolist())
+
+
+def test_both_weightings_agree_at_uniform():
+    uniform = torch.full((10,), 0.1, dtype=torch.float64)
+    p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10)))
+    values = [class_balancing_regulariser(p, class_weights(uniform, name)).item() for name in ("paper", "sum-to-K")]
+    assert values == pytest.approx([(p * p.log()).sum().item()] * 2)
+    assert class_balancing_regulariser(uniform, class_weights(uniform, "paper")).item() == pytest.approx(-math.log(10))
+
+
+def test_the_weightings_differ_by_a_number():
+    N = torch.tensor([0.64] + [0.04] * 9, dtype=torch.float64)
+    ratio = class_weights(N, "paper") / class_weights(N, "sum-to-K")
+    assert ratio.tolist() == pytest.approx([2.265625] * 10)
+    cifar = CIFAR10_LT / CIFAR10_LT.sum()
+    assert (class_weights(cifar, "paper") / class_weights(cifar, "sum-to-K"))[0].item() == pytest.approx(6.17, abs=0.005)
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    g = [torch.autograd.grad(class_balancing_regulariser(logits.softmax(1).mean(0), class_weights(cifar, name)), logits)[0]
+         for name in ("paper", "sum-to-K")]
+    assert F.cosine_similarity(g[0].flatten(), g[1].flatten(), dim=0).item() == pytest.approx(1)
+
+
+def test_a_class_that_is_never_generated_has_a_finite_weight():
+    N = torch.tensor([0.7, 0.3, 0.0], dtype=torch.float64)
+    assert class_weights(N, "paper")[2].item() == pytest.approx(1000)
+    w = class_weights(N, "sum-to-K")
+    assert w.sum().item() == pytest.approx(3) and w[2] > 2.9
+    p = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    loss = class_balancing_regulariser(p, w)
+    loss.backward()
+    assert loss.isfinite() and p.grad.isfinite().all()
+    assert class_balancing_regulariser(torch.tensor([1.0, 0.0, 0.0]), torch.ones(3)).item() == pytest.approx(0, abs=1e-6)
+    assert -3 / math.e <= loss.item() <= 0  # the bound of sum-to-K, lambda = 1
+
+
+def test_the_entropy_is_that_of_the_batch():
+    """Two certain images of two classes are as spread as can be: log 2, where each alone has entropy 0."""
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert class_balancing_regulariser(q.mean(0), torch.ones(2)).item() == pytest.approx(-math.log(2))
+
+
+def test_gradient_in_closed_form_and_where_it_points():
+    """Descent lowers the logits of a class that is generated too often, and raises all others."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(32, 5, generator=g, dtype=torch.float64) + torch.tensor([2.0, 0, 0, 0, 0])
+    logits.requires_grad_()
+    N = torch.tensor([0.8, 0.05, 0.05, 0.05, 0.05], dtype=torch.float64)
+    w = class_weights(N, "paper") * 5
+    q = logits.softmax(1)
+    p = q.mean(0)
+    class_balancing_regulariser(p, w).backward()
+    slope = (1 + p.log()) / N  # d L_reg / d p_k
+    closed = q * (slope - (q * slope).sum(1, keepdim=True)) / 32
+    assert torch.allclose(logits.grad, closed.detach(), atol=1e-12)
+    mean = logits.grad.mean(0)
+    assert mean[0] > 0 and (mean[1:] < 0).all()
+
+
+def optimum(N):
+    """Propositions 1 and 2: p_k = exp(nu N_k - 1) with sum p = 1; the minimum nu - sum_k p_k / N_k."""
+    N = np.asarray(N, dtype=np.float64)
+    nu = scipy.optimize.brentq(lambda v: np.exp(v * N - 1).sum() - 1, -1e5, 1 / N.max() + 1, xtol=1e-12)
+    p = np.exp(nu * N - 1)
+    return nu, p, nu - (p / N).sum()
+
+
+def minimise(N):
+    """The regulariser's minimum by descent on logits, from uniform."""
+    w = 1 / torch.as_tensor(N, dtype=torch.float64)
+
+    def value_and_slope(logits):
+        logits = torch.tensor(logits, requires_grad=True)
+        loss = class_balancing_regulariser(logits.softmax(0), w)
+        loss.backward()
+        return loss.item(), logits.grad.numpy()
+
+    found = scipy.optimize.minimize(value_and_slope, np.zeros(len(N)), jac=True, method="L-BFGS-B",
+                                    options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-12})
+    return torch.tensor(found.x).softmax(0).numpy(), found.fun
+
+
+def test_proposition_2():
+    N = (CIFAR10_LT / CIFAR10_LT.sum()).numpy()
+    nu, p, value = optimum(N)
+    assert nu == pytest.approx(-52.3563, abs=1e-3) and value == pytest.approx(-193.4748, abs=1e-3)
+    found, minimum = minimise(N)
+    assert np.abs(found - p).max() < 1e-4 and minimum == pytest.approx(value, rel=1e-6)
+    assert (np.diff(p) > 0).all()  # rarest first: the optimum overshoots, towards the classes with a small N_k
+    assert p[-1] == pytest.approx(0.297896, abs=1e-5)
+
+
+@pytest.mark.parametrize("K, nu", [(3, -0.295837), (5, -3.047190), (10, -13.025851), (100, -360.517019)])
+def test_uniform_is_the_fixed_point(K, nu):
+    found_nu, p, value = optimum(np.full(K, 1 / K))
+    assert found_nu == pytest.approx(nu, abs=1e-5) and p == pytest.approx(np.full(K, 1 / K))
+    assert value == pytest.approx(-K * math.log(K))
+    descent, _ = minimise(np.full(K, 1 / K))
+    assert descent == pytest.approx(np.full(K, 1 / K))
+
+
+def test_bound_of_proposition_1():
+    rng = np.random.default_rng(0)
+    for K in (3, 5, 10):
+        for _ in range(20):
+            N = rng.dirichlet(np.full(K, 2.0)) * 0.99 + 0.01 / K
+            _, p, _ = optimum(N)
+            assert (p <= np.exp(-K * (math.log(K) - 1) * N - 1) + 1e-12).all()
+
+
+def test_two_classes_are_the_known_failure(tmp_path):
+    """With K = 2 the optimum favours the frequent class, so the script refuses."""
+    p, _ = minimise([0.8, 0.2])
+    assert p == pytest.approx([0.5866, 0.4134], abs=1e-3)
+    folder = tmp_path / "pictures"
+    for name in ("a", "b"):
+        (folder / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(folder / "train" / name / f"{i}.png")
+    run = ["--dataset", f"folder:{folder}", "--image-size", "16", "--data-dir", str(tmp_path / "data")]
+    with pytest.raises(InputError, match="2 classes.*--reg-weight 0"):
+        cbgan.main([*run, "--run-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("K, alpha, converges", [(10, 0.5, True), (100, 0.4, True), (100, 0.5, False), (10, 0.9, False)])
+def test_the_alternation_converges_where_alpha_is_below_2_over_log_K(K, alpha, converges):
+    """N <- (1 - alpha) N + alpha optimum(N), a generator that obeys at once: deviations shrink by 1 - alpha log K a cycle."""
+    assert converges == (alpha < 2 / math.log(K))
+    N = np.full(K, 1 / K)
+    N[0] *= 1.01
+    N /= N.sum()
+    before = np.abs(N - 1 / K).max()
+    for _ in range(6):
+        N = (1 - alpha) * N + alpha * optimum(N)[1]
+    assert (np.abs(N - 1 / K).max() < before) == converges
+
+
+def test_two_dimensional_ring():
+    """The whole method on five Gaussians, rho = 20: KL to uniform with and without the regulariser."""
+
+    def kl(reg_weight):
+        torch.manual_seed(0)
+        angle = torch.arange(5) * 2 * math.pi / 5
+        modes = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+        prior = torch.tensor([20 ** (-k / 4) for k in range(5)])
+
+        def network(i, o):
+            return torch.nn.Sequential(torch.nn.Linear(i, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(),
+                                       torch.nn.Linear(64, o))
+
+        def oracle(x):
+            return -torch.cdist(x, modes).square() / (2 * 0.5**2)
+
+        G, D = network(8, 2), network(2, 1)
+        optimizers = [torch.optim.Adam(n.parameters(), 1e-3, (0.5, 0.999), fused=True) for n in (G, D)]
+        N_hat, c, w = torch.ones(5), torch.zeros(5), torch.ones(5)
+        for step in range(1500):
+            x = modes[torch.multinomial(prior, 256, True)] + 0.2 * torch.randn(256, 2)
+            loss = cbgan.relativistic_loss(D(x), D(G(torch.randn(256, 8)).detach()))
+            optimizers[1].zero_grad()
+            loss.backward()
+            optimizers[1].step()
+            fake = G(torch.randn(256, 8))
+            q = oracle(fake).softmax(1)
+            loss = cbgan.relativistic_loss(D(fake), D(x)) + reg_weight * class_balancing_regulariser(q.mean(0), w)
+            optimizers[0].zero_grad()
+            loss.backward()
+            optimizers[0].step()
+            c += torch.bincount(q.argmax(1), minlength=5)
+            if (step + 1) % 100 == 0:
+                N_hat = effective_class_frequency(N_hat, c, 0.5, 1.0)
+                w = class_weights(effective_class_distribution(N_hat), "sum-to-K")
+                c.zero_()
+        with torch.no_grad():
+            r = torch.bincount(oracle(G(torch.randn(20_000, 8))).argmax(1), minlength=5) / 20_000
+        return torch.special.xlogy(r, 5 * r).sum().item()
+
+    assert kl(1.0) < 0.15 < kl(0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize("architecture, size, conditioning, K, generator, discriminator", [
+    ("sndcgan", 32, "none", 10, 3_812_355, 2_928_193),
+    ("sndcgan", 32, "cgan", 10, 3_820_419, 2_933_313),
+    ("sndcgan", 32, "acgan", 10, 3_820_419, 2_933_323),
+    ("snresgan", 32, "none", 100, 4_276_739, 1_053_825),
+    ("snresgan", 32, "cgan", 100, 4_580_867, 1_066_625),
+    ("snresgan", 32, "acgan", 100, 4_580_867, 1_066_725),
+    ("snresgan", 64, "none", 5, 12_220_675, 19_542_721),
+    ("snresgan", 64, "cgan", 5, 12_243_715, 19_547_841),
+    ("snresgan", 64, "acgan", 1010, 18_032_515, 20_577_971),
+])  # fmt: skip
+def test_parameter_counts(architecture, size, conditioning, K, generator, discriminator, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)  # its QR decompositions would take most of the time
+    args = settings(architecture=architecture, image_size=size, conditioning=conditioning)
+    assert count(cbgan.build_generator(args, K)) == generator
+    assert count(cbgan.Discriminator(args, K)) == discriminator
+
+
+@pytest.mark.parametrize("architecture", ["sndcgan", "snresgan"])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_shapes_and_ranges(architecture, size):
+    torch.manual_seed(0)
+    args = settings(architecture=architecture, image_size=size, width=4, discriminator_width=4, conditioning="acgan")
+    G, D, y = cbgan.build_generator(args, 3), cbgan.Discriminator(args, 3), torch.tensor([0, 1, 2, 0])
+    x = G(torch.randn(4, 128), y)
+    assert x.shape == (4, 3, size, size) and x.dtype == torch.float32 and x.abs().max() <= 1
+    score, logits = D(x)
+    assert score.shape == (4,) and logits.shape == (4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert G(torch.randn(4, 128), y).dtype == D(x)[0].dtype == torch.float32
+    assert not any("BatchNorm" in type(m).__name__ for m in D.modules())
+    assert torch.allclose(D(x[:1])[0], D(x)[0][:1], atol=1e-2)  # but for the power method, no image depends on the others
+
+
+def test_spectral_norm_of_every_weight_in_the_discriminator_is_one():
+    torch.manual_seed(0)
+    D = cbgan.Discriminator(settings(image_size=16, width=8, discriminator_width=8, conditioning="cgan"), 5)
+    layers = [m for m in D.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear | torch.nn.Embedding)]
+    with torch.no_grad():
+        for m in layers:
+            m.parametrizations.weight.original.copy_(torch.randn(m.weight.shape) * 3)
+        for _ in range(300):
+            D(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]))
+    assert len(layers) == 7
+    for m in layers:
+        assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
+def test_one_step_of_the_power_method_a_forward_pass():
+    torch.manual_seed(0)
+    D = cbgan.Discriminator(settings(image_size=16, width=8, discriminator_width=8), 5)
+    parametrisation = D.score.parametrizations.weight
+    W, u = parametrisation.original.detach(), None
+    with torch.no_grad():
+        D.layers[0].parametrizations.weight.original.copy_(torch.randn(8, 3, 3, 3))
+    first = D.layers[0].parametrizations.weight
+    W, v = first.original.detach().flatten(1), first[0]._v.clone()
+    D(torch.zeros(1, 3, 16, 16))
+    u = F.normalize(W @ v, dim=0)
+    v = F.normalize(W.T @ u, dim=0)
+    assert torch.allclose(first[0]._u, u, atol=1e-6) and torch.allclose(first[0]._v, v, atol=1e-6)
+    D.eval()
+    assert torch.allclose(D.layers[0].weight.flatten(1), W / (u @ W @ v), atol=1e-6)
+    assert torch.allclose(first[0]._v, v, atol=1e-6)  # none in eval mode
+
+
+def test_discriminator_block_skips_with_the_raw_input():
+    """C's in-place activation hands the skip the activated input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    before = x.clone()
+    block = cbgan.DiscriminatorBlock(4, 4, 0.1, first=False, down=False)
+    act = lambda h: F.leaky_relu(h, 0.1)  # noqa: E731
+    raw = block.conv2(act(block.conv1(act(x)))) + x
+    assert torch.allclose(block(x), raw, atol=1e-6) and not torch.allclose(raw, raw - x + act(x), atol=1e-2)
+    block = cbgan.DiscriminatorBlock(4, 6, 0.1, first=False, down=True)
+    by_hand = F.avg_pool2d(block.conv2(act(block.conv1(act(x)))) + block.skip(x), 2)  # convolution, then pooling
+    assert torch.allclose(block(x), by_hand, atol=1e-5)
+    assert torch.equal(x, before)
+    block = cbgan.DiscriminatorBlock(4, 6, 0.1, first=True, down=True)
+    assert torch.allclose(block(x), F.avg_pool2d(block.conv2(act(block.conv1(x))) + block.skip(x), 2), atol=1e-5)
+
+
+def test_conditional_batch_norm():
+    torch.manual_seed(0)
+    norm, x, y = cbgan.Norm(4, 3), torch.randn(6, 4, 5, 5) * 2 + 1, torch.tensor([0, 1, 2, 2, 1, 0])
+    plain = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
+    by_hand = plain * (1 + norm.gain.weight[y])[:, :, None, None] + norm.shift.weight[y][:, :, None, None]
+    assert torch.allclose(norm(x, y), by_hand, atol=1e-5)
+    torch.nn.init.zeros_(norm.gain.weight)
+    torch.nn.init.zeros_(norm.shift.weight)
+    assert torch.allclose(norm(x, y), plain, atol=1e-5)
+
+
+def test_projection_discriminator_by_hand():
+    torch.manual_seed(0)
+    D = cbgan.Discriminator(settings(image_size=16, width=8, discriminator_width=8, conditioning="cgan"), 5).eval()
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 4, 2, 2])
+    h = D.layers(x).sum((2, 3))
+    by_hand = [(D.score.weight[0] @ h[i] + D.score.bias[0] + D.projection.weight[y[i]] @ h[i]).item() for i in range(4)]
+    assert D(x, y)[0].tolist() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_the_classifier_lets_gradients_through_and_keeps_none():
+    torch.manual_seed(0)
+    C = classifier.ResNet32(5, **classifier.CENTRED).eval().requires_grad_(False)
+    before = {k: v.clone() for k, v in C.state_dict().items()}
+    x = torch.rand(4, 3, 16, 16, requires_grad=True)
+    class_balancing_regulariser(C(x).softmax(1).mean(0), torch.ones(5)).backward()
+    assert x.grad.abs().sum() > 0 and all(w.grad is None for w in C.parameters())
+    assert all(torch.equal(before[k], v) for k, v in C.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """Two classifiers of an epoch each: one for the loop, one that annotates."""
+    where = tmp_path_factory.mktemp("judges")
+    for name, dataset, split in (("loop", "shapeslt", "train"), ("annotator", "shapes", "reference")):
+        classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir", str(where / name)])
+    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop", "annotator")})
+
+
+@pytest.fixture
+def tiny(judges):
+    return ["--dataset", "shapeslt", "--width", "8", "--discriminator-width", "8", "--batch-size", "8", "--steps", "3",
+            "--sample-every", "0", "--eval-images", "0", "--monitor-images", "0", "--classifier", judges.loop]
+
+
+def state_of(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def flat(state):
+    """Every tensor of a checkpoint under its path: networks, spectral-norm vectors, batch statistics, Adam's averages ..."""
+    if isinstance(state, torch.Tensor):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {f"{name}/{rest}": x for name, value in items for rest, x in flat(value).items()}
+
+
+def same_state(a, b):
+    a, b = flat(state_of(a)), flat(state_of(b))
+    assert a.keys() == b.keys() and any("_u" in k for k in a) and any("running_mean" in k for k in a)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_of(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
+
+
+def start(*arguments, cwd):
+    """cbgan.py as a process of its own, to send signals to."""
+    return subprocess.Popen([sys.executable, ROOT / "cbgan.py", *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "2"},
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("variant", [
+    ["--architecture", "sndcgan", "--monitor-images", "20", "--monitor-every", "30"],
+    ["--architecture", "snresgan", "--conditioning", "inverse", "--generator-spectral-norm"],
+])  # fmt: skip
+def test_a_killed_run_continues_bit_for_bit(variant, tiny, judges, tmp_path, capsys):
+    """SIGKILL, then the same command: every tensor of the checkpoint and every loss of the run that was never stopped."""
+    common = [*tiny, *variant, "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data"),
+              "--save-every", "7", "--cycle", "20", "--steps", "101", "--ema-start", "10"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(*common, "--run-dir", killed, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (killed / "log.jsonl").exists() or '"step": 50' not in (killed / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = state_of(killed)["step"]
+    assert 0 < stopped_at < 101
+    cbgan.main([*common, "--run-dir", str(killed)])
+    assert f"resumed at step {stopped_at}" in capsys.readouterr().out
+    cbgan.main([*common, "--run-dir", str(whole)])
+    assert same_state(whole, killed)
+    assert log_of(whole) == log_of(killed)
+
+
+def test_sigterm_saves_first(tiny, tmp_path):
+    common = [*tiny, "--save-every", "100000", "--steps", "120"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = start(*common, "--run-dir", stopped, cwd=tmp_path)
+    while "2478 images" not in process.stdout.readline():  # the line that says training begins
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
+    assert 0 < state_of(stopped)["step"] < 120
+    for run_dir in (stopped, whole):
+        cbgan.main([*common, "--run-dir", str(run_dir)])
+    assert same_state(whole, stopped)
+
+
+def test_a_step_is_the_papers(tiny, judges, tmp_path):
+    """One step of the script against the losses written out here: the same weights in G and D."""
+    run = [*tiny, "--steps", "2", "--amp", "off", "--device", "cpu", "--reg-weight", "3", "--cycle", "1", "--ema-start", "0"]
+    cbgan.main([*run, "--run-dir", str(tmp_path / "run")])
+    args = cbgan.parse_settings(run)
+    C = classifier.load_classifier(judges.loop)
+    torch.manual_seed(args.seed)
+    G, D = cbgan.build_generator(args, 10), cbgan.Discriminator(args, 10)
+    adam = [torch.optim.Adam(n.parameters(), args.lr, (args.beta1, args.beta2), eps=1e-6) for n in (G, D)]
+    batches = datasets.Batches(datasets.load("shapeslt", "data"), 8, flip=True, seed=args.seed)
+    N_hat = torch.ones(10, dtype=torch.float64)
+    for _ in range(2):
+        x, _ = next(batches)
+        # D sees reals and fakes in one pass: one step of the power method
+        s = D(torch.cat([x, G(torch.randn(8, 128)).detach()]))[0]
+        adam[1].zero_grad()
+        (-torch.log(torch.sigmoid(s[:8] - s[8:]))).mean().backward()
+        adam[1].step()
+        fake = G(torch.randn(8, 128))
+        s_fake, s_real = D(fake)[0], D(x)[0]
+        q = C(fake).softmax(1)
+        p, inverse = q.mean(0), N_hat.sum() / N_hat
+        L_reg = (10 * inverse / inverse.sum() * p * torch.log(p)).sum()
+        adam[0].zero_grad()
+        (-torch.log(torch.sigmoid(s_fake - s_real)).mean() + 3 * L_reg).backward()
+        adam[0].step()
+        N_hat = 0.5 * N_hat + torch.bincount(q.argmax(1), minlength=10)
+    state = state_of(tmp_path / "run")
+    assert torch.equal(state["N_hat"], N_hat) and state["c"].sum() == 0
+    for name, network in (("G", G), ("D", D)):
+        for key, value in network.state_dict().items():
+            assert torch.allclose(state[name][key], value, atol=2e-4), (name, key)
+
+
+def test_only_the_generators_fakes_are_counted(tiny, tmp_path):
+    """Sum of c = steps of the cycle times batch; a monitored distance in mid-cycle leaves the counts alone."""
+    run = [*tiny, "--cycle", "100", "--steps", "5"]
+    cbgan.main([*run, "--run-dir", str(tmp_path / "a")])
+    cbgan.main([*run, "--run-dir", str(tmp_path / "b"), "--monitor-images", "30", "--monitor-every", "2", "--sample-every", "2",
+                "--features", "classifier:" + tiny[-1], "--data-dir", str(tmp_path / "data")])
+    a, b = state_of(tmp_path / "a"), state_of(tmp_path / "b")
+    assert a["c"].sum() == 5 * 8 and torch.equal(a["c"], b["c"]) and torch.equal(a["rng"], b["rng"])
+    assert all(torch.equal(a["G"][k], b["G"][k]) for k in a["G"])
+
+
+def test_force_frequency_stays(tiny, tmp_path):
+    cbgan.main([*tiny, "--force-frequency", "1000", "--cycle", "1", "--run-dir", str(tmp_path / "run")])
+    state = state_of(tmp_path / "run")
+    assert state["N_hat"].tolist() == [1000.0] + [1.0] * 9 and state["c"].sum() == 0
+
+
+def test_average_of_the_generator(tiny, tmp_path):
+    """Before --ema-start a copy; then average + (1 - decay) (value - average), batch statistics included."""
+    states = []
+    for steps in ("2", "3"):
+        cbgan.main([*tiny, "--ema", "0.75", "--ema-start", "2", "--steps", steps, "--run-dir", str(tmp_path / steps)])
+        states.append(state_of(tmp_path / steps))
+    assert all(torch.equal(states[0]["ema"][k], states[0]["G"][k]) for k in states[0]["G"])
+    for k, value in states[1]["G"].items():
+        expected = 0.75 * states[0]["G"][k] + 0.25 * value if value.is_floating_point() else value
+        assert torch.allclose(states[1]["ema"][k], expected, atol=1e-6), k
+        assert value.is_floating_point() or k.endswith("num_batches_tracked")
+    assert any("running_var" in k for k in states[1]["ema"])
+
+
+def test_vectors_of_spectral_norm_are_copied_not_averaged():
+    args = settings(image_size=16, width=4, generator_spectral_norm=True)
+    pairs = cbgan.state_pairs(cbgan.build_generator(args, 3), cbgan.build_generator(args, 3))
+    network = cbgan.build_generator(args, 3).state_dict()
+    unit = [k for k in network if k.endswith(("_u", "_v"))]
+    assert len(unit) == 2 * 4 and len(pairs[1][0]) == len(unit) + 2  # and two counters
+    assert len(pairs[0][0]) + len(pairs[1][0]) == len(network)
+
+
+@pytest.mark.parametrize("flags, regularised", [
+    ("--conditioning acgan", False), ("--conditioning cgan", False), ("--conditioning pretrained", False),
+    ("--conditioning uniform", True), ("--conditioning uniform --reg-weight 0", False),
+    ("--conditioning inverse --cycle 1 --alpha 0.005 --beta 0.005 --generator-spectral-norm", True),
+    ("--conditioning acgan --reg-weight 1", True), ("--reg-weight 0", False), ("--weighting paper", True),
+    ("--architecture snresgan --slope 0", True), ("--force-frequency 0.001", True), ("--no-flip", True),
+])  # fmt: skip
+def test_each_option_of_the_method_trains(flags, regularised, tiny, tmp_path):
+    cbgan.main([*tiny, "--sample-every", "3", *flags.split(), "--run-dir", str(tmp_path)])
+    row = log_of(tmp_path)[-1]
+    assert all(math.isfinite(row[k]) for k in cbgan.LOSSES)
+    assert (row["L_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N" in row)
+    assert (tmp_path / "samples" / "step-0000003.png").exists()
+
+
+def test_class_losses_of_the_baselines(tiny, judges, tmp_path):
+    """ACGAN: D learns the class of both halves. After one step of D alone (G's rate is shared, so looked at through Adam's
+    averages) the class head has a gradient; cgan and pretrained have no head."""
+    cbgan.main([*tiny, "--conditioning", "acgan", "--steps", "1", "--amp", "off", "--run-dir", str(tmp_path / "a")])
+    torch.manual_seed(0)
+    args = cbgan.parse_settings([*tiny, "--conditioning", "acgan"])
+    G, D = cbgan.build_generator(args, 10), cbgan.Discriminator(args, 10)
+    x, y = next(datasets.Batches(datasets.load("shapeslt", "data"), 8, flip=True, seed=0))
+    z, y_fake = torch.randn(8, 128), torch.multinomial(torch.ones(10), 8, replacement=True)
+    _, logits = D(torch.cat([x, G(z, y_fake).detach()]), torch.cat([y, y_fake]))
+    p = logits.softmax(1)
+    by_hand = -p[range(8), y].log().mean() - p[range(8, 16), y_fake].log().mean()
+    assert log_of(tmp_path / "a")[0]["L_class"] == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_script, monkeypatch):
+    small = [*tiny, "--steps", "4", "--sample-every", "2", "--eval-images", "60", "--monitor-images", "40",
+             "--monitor-every", "2", "--features", f"classifier:{judges.annotator}", "--run-dir", "run"]
+    done = run_script("cbgan.py", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__ and len(config["parameters"]) == 2
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["final.png", "step-0000002.png", "step-0000004.png"]
+    with np.load(run / "samples.npz", allow_pickle=False) as samples:
+        assert sorted(samples) == ["images", "predicted"]
+        assert samples["images"].shape == (60, 16, 16, 3) and samples["images"].dtype == np.uint8
+        images, predicted = torch.from_numpy(samples["images"]).permute(0, 3, 1, 2), torch.from_numpy(samples["predicted"])
+    scores = json.loads((run / "metrics.json").read_text())
+    found = {}
+    for name, path in (("annotator", judges.annotator), ("in_loop", judges.loop)):
+        found[name] = cbgan.predict(classifier.load_classifier(path), images)[0]
+        r = torch.bincount(found[name], minlength=10) / 60
+        assert scores["all"][f"kl_{name}"] == pytest.approx(torch.special.xlogy(r, 10 * r).sum().item(), abs=1e-6)
+    assert scores["all"]["kl_to_uniform"] == scores["all"]["kl_annotator"] and torch.equal(found["in_loop"], predicted)
+    with open(run / "per_class.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["seen"]) for row in rows] == torch.bincount(found["annotator"], minlength=10).tolist()
+    assert float(rows[0]["share_training"]) == pytest.approx(1000 / 2478)
+    # the weights that were scored are those with the smallest monitored distance
+    distances = {row["step"]: row["monitored_distance"] for row in log_of(run) if "monitored_distance" in row}
+    assert sorted(distances) == [2, 4] and scores["protocol"]["step"] == min(distances, key=distances.get)
+    before = (run / "checkpoint.pt").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    cbgan.main([*small, "--eval-only", "--weights", "last", "--sample-seed", "1"])
+    assert json.loads((run / "metrics.json").read_text())["protocol"]["step"] == 4
+    assert (run / "checkpoint.pt").read_bytes() == before
+    with np.load(run / "samples.npz", allow_pickle=False) as samples:
+        assert not np.array_equal(samples["images"], images.permute(0, 2, 3, 1))
+
+
+def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_path):
+    common = ["--eval-images", "30", "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")]
+    cbgan.main([*tiny, *common, "--conditioning", "cgan", "--run-dir", str(tmp_path / "run")])
+    with np.load(tmp_path / "run" / "samples.npz", allow_pickle=False) as samples:
+        assert sorted(samples) == ["images", "labels"] and (np.bincount(samples["labels"]) == 3).all()
+
+
+def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny, judges, tmp_path):
+    splits, seeds = [], []
+    load, latents = datasets.load, cbgan.latents
+    monkeypatch.setattr(datasets, "load", lambda *a, **k: splits.append(a[2]) or load(*a, **k))
+    monkeypatch.setattr(cbgan, "latents", lambda n, kind, seed: seeds.append((kind, seed)) or latents(n, kind, seed))
+    monitored = ["--monitor-images", "20", "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")]
+    cbgan.main([*tiny, *monitored, "--run-dir", str(tmp_path / "run")])
+    assert "test" in splits and "reference" not in splits
+    splits.clear()
+    cbgan.main([*tiny, *monitored, "--run-dir", str(tmp_path / "run"), "--eval-images", "20", "--eval-only"])
+    assert "reference" in splits and seeds == [(cbgan.MONITOR, 0), (cbgan.FINAL, 0)]
+    assert not torch.equal(latents(9, cbgan.MONITOR, 0)[0], latents(9, cbgan.FINAL, 0)[0])
+
+
+def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path):
+    """Samples and the annotator's histogram are there, the message says what to copy where, and the status is 0."""
+    environment = {"TORCH_HOME": str(tmp_path / "hub"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    small = [*tiny, "--eval-images", "20", "--monitor-images", "20", "--features", "inception-fid", "--run-dir", "run"]
+    process = subprocess.run([sys.executable, ROOT / "cbgan.py", *small, "--annotator", judges.annotator], cwd=tmp_path,
+                             env=os.environ | environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "samples.npz").exists() and "KL to uniform" in process.stdout
+    assert "not scored" in process.stdout and "pt_inception-2015-12-05-6726825d.pth" in process.stdout
+    assert "not monitored" in process.stderr
+
+
+# ------------------------------------------------------------------------------------------------- settings and errors
+
+
+def test_defaults_are_the_papers():
+    for flags, reg_weight, rho in ((["--dataset", "cifar10lt"], 10, 100), (["--dataset", "cifar10lt", "--rho", "10"], 7.5, 10),
+                                   (["--dataset", "cifar10"], 5, None), (["--dataset", "cifar100lt"], 0.5, 10),
+                                   (["--dataset", "cifar10lt", "--conditioning", "cgan"], 0, 100)):
+        args = cbgan.parse_settings(flags)
+        assert (args.reg_weight, args.rho, args.lr, args.batch_size) == (reg_weight, rho, 2e-4, 256)
+        assert (args.beta1, args.beta2, args.steps, args.cycle, args.alpha, args.beta) == (0.5, 0.999, 100_000, 2000, 0.5, 1.0)
+        assert (args.ema, args.ema_start, args.eval_images, args.reference) == (0.9999, 20_000, 50_000, "test")
+    args = cbgan.parse_settings(["--dataset", "folder:x", "--recipe", "inat2019"])
+    assert (args.conditioning, args.alpha, args.beta, args.cycle) == ("inverse", 0.005, 0.005, 1)
+    assert (args.beta1, args.image_size) == (0, 64)
+    assert args.generator_spectral_norm and args.architecture == "snresgan" and args.reg_weight == 0.5
+
+
+def test_run_directory_says_what_differs():
+    assert cbgan.parse_settings(["--dataset", "cifar10lt"]).run_dir == "runs/cbgan-cifar10lt-s0"
+    named = cbgan.parse_settings(["--dataset", "cifar10lt", "--rho", "10", "--reg-weight", "0", "--seed", "2"]).run_dir
+    assert named == "runs/cbgan-cifar10lt-rho10.0-regweight0.0-s2"
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--reg-weight", "-1"], ["--alpha", "0"],
+    ["--alpha", "1.5"], ["--beta", "0"], ["--cycle", "0"], ["--ema", "1"], ["--width", "0"], ["--image-size", "17"],
+    ["--image-size", "8"], ["--save-every", "0"], ["--eval-images", "-1"], ["--monitor-images", "1"], ["--rho", "0.5"],
+    ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"], ["--steps", "many"], ["--no-such-flag"], ["--eval-only"],
+    ["--classifier", "nowhere.pt"], ["--annotator", "nowhere.pt"], ["--features", "classifier:nowhere.pt"],
+    ["--conditioning", "inverse", "--reg-weight", "0"], ["--force-frequency", "0"], ["--recipe", "lsun"],
+])  # fmt: skip
+def test_senseless_input_is_refused_by_name(flags, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        cbgan.main([*tiny, *flags])
+    assert "\n" not in str(error.value) and len(str(error.value)) > 10
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_errors_are_one_line_and_status_two(tmp_path, run_script):
+    for flags, word in ((["--dataset", "shapslt"], "shapeslt"), (["--cycle", "x"], "--cycle"), (["--lr", "-1"], "--lr")):
+        done = run_script("cbgan.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_classifier_for_something_else_is_refused_by_name(tiny, judges, tmp_path):
+    with pytest.raises(InputError, match="classifier.pt is for shapeslt.*16 pixels.*wanted are images of 32 pixels"):
+        cbgan.main([*tiny, "--image-size", "32", "--run-dir", str(tmp_path / "run")])
+    run = [*tiny, "--eval-images", "20", "--annotator", judges.loop, "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="is the classifier in the loop"):
+        cbgan.main(run)
+
+
+def test_a_classifier_that_cannot_tell_the_tail_is_warned_of(tiny, judges, tmp_path, capsys):
+    checkpoint = torch.load(judges.loop, weights_only=True)
+    for accuracy, warned in ((0.01, True), (0.5, False)):
+        checkpoint["test_accuracy"]["tail"] = accuracy
+        torch.save(checkpoint, tmp_path / "c.pt")
+        cbgan.main([*tiny, "--classifier", str(tmp_path / "c.pt"), "--run-dir", str(tmp_path / str(accuracy))])
+        assert ("diverges and is not able to produce meaningful results" in capsys.readouterr().err) == warned
+
+
+def test_another_configuration_in_the_directory(tiny, tmp_path):
+    run = [*tiny, "--run-dir", str(tmp_path / "run")]
+    cbgan.main(run)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match="--reg-weight 2.0 there, 3.0 now.*--seed 0 there, 4 now"):
+        cbgan.main([*run, "--reg-weight", "3", "--seed", "4"])
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_another_classifier_under_the_same_name_is_refused(tiny, judges, tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint = torch.load(judges.loop, weights_only=True)
+    torch.save(checkpoint, path)
+    run = [*tiny, "--classifier", str(path), "--run-dir", str(tmp_path / "run")]
+    cbgan.main(run)
+    checkpoint["weights"]["head.bias"] += 1
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="another classifier in its loop"):
+        cbgan.main([*run, "--steps", "5"])
+
+
+def test_a_damaged_checkpoint_is_kept_and_named(tiny, tmp_path):
+    run = [*tiny, "--run-dir", str(tmp_path / "run")]
+    cbgan.main(run)
+    file = tmp_path / "run" / "checkpoint.pt"
+    damaged = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(damaged)
+    with pytest.raises(InputError, match="checkpoint.pt is damaged"):
+        cbgan.main(run)
+    assert file.read_bytes() == damaged
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
+    run = [*tiny, "--save-every", "1", "--lr", "1e30", "--steps", "50", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="NaN|infinite"):
+        cbgan.main(run)
+    kept = tmp_path / "run" / "checkpoint.pt"
+    assert not kept.exists() or all(w.isfinite().all() for w in state_of(tmp_path / "run")["G"].values())
