@@ -12,31 +12,35 @@ generator's loss (Eq. 7) asks for batches spread over all classes, the more for 
     python cbgan.py --dataset cifar100lt                             # Table 4, rho 10
     python cbgan.py --dataset folder:LSUN --recipe lsun5             # Table 1; your copy of the images, sorted by class
     python cbgan.py --dataset folder:INAT --recipe inat2019          # Table 4, labels drawn in proportion to 1 / N_k
-    python cbgan.py --dataset cifar10 --force-frequency 1000         # Fig. 3: pretend that class 0 is everywhere
-    python cbgan.py --dataset cifar10lt --rho 10 --cycle 500         # Fig. 6
+    python cbgan.py --dataset cifar10 --force-frequency 1000         # Fig. 3: class 0 counts as frequent; G makes less of it
 
-`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py (Fig. 5: one trained with another --rho); without it
-the one that is needed is trained first. Each command resumes the run that it finds in its run directory: bit for bit on the
-CPU with the same number of threads. Cost: COST
+`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py (Fig. 5: trained with another --rho; iNaturalist: with
+--loss ce); without it the one that is needed is trained first. The README has a command for each row of each table. Each
+command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number of threads.
+Cost: COST
+To aim at (P, Table 1, CIFAR-10, rho 100): FID 36.97 without and 32.93 with the regulariser, KL to uniform 0.31 and 0.06. Its
+FIDs are in the features of --features inception-fid, over the 10,000 test images.
 
-P is the paper and C the authors' code (github.com/val-iisc/class-balancing-gan). From C, because P does not say: Adam's eps
-1e-6, leaky ReLU of slope 0.1, orthogonal initial weights, the real batch of the D step used again in the G step, averaged
-weights (EMA) with the batch statistics averaged too. Where we differ, and why:
-  * The learning rate is 2e-4, as in P's text and in all of C; P's Tables 10 and 12 print 2e-3.
-  * P's weight of class k is lambda / (K N_k), which has no bound when a class is never generated; C's weights sum to K.
-    Ours are C's by default; `--weighting paper` for P's. Both point the same way, see `class_weights`.
-  * C starts N_hat at 50 a class and the first count at 512; we start at 1 and 0. C never lets N_hat fall below 1, which at
+P is the paper and A the authors' code (github.com/val-iisc/class-balancing-gan). From A, because P does not say: Adam's eps
+1e-6, orthogonal initial weights, the real batch of the D step used again in the G step, batch statistics averaged with the
+weights (EMA). Where we differ, and why:
+  * The learning rate is 2e-4, as in P's text and in all of A; P's Tables 10 and 12 print 2e-3.
+  * Leaky ReLUs of slope 0.1 also in SNResGAN, as in A; P's Tables 8 and 9 print ReLU (--slope 0).
+  * P's weight of class k is lambda / (K N_k), which has no bound when a class is never generated; A's weights sum to K.
+    Ours are A's; `--weighting paper` for P's. See `class_weights` for what it changes.
+  * A starts N_hat at 50 a class and the first count at 512; we start at 1 and 0. A never lets N_hat fall below 1, which at
     iNaturalist's 256 counts a step makes all 1010 classes equal; ours is a floor on the share, 0.001 / K.
-  * Images go to the classifier with its own normalisation; C hands it [-1, 1], which is right only if it was trained so.
-  * C counts evaluation samples with the same counters, and so loses those of a cycle; only fakes of G steps count here.
-  * C's annotator is never loaded, so that the KL it logs is that of the classifier in the loop; ours are two networks.
-  * C's discriminator blocks activate the skip connection too (an in-place ReLU); ours take the raw input, as P's references.
+  * Images go to the classifier with its own normalisation; A hands it [-1, 1], which is right only if it was trained so.
+  * A counts evaluation samples with the same counters, and so loses those of a cycle; only fakes of G steps count here.
+  * A's annotator is never loaded, so that the KL it logs is that of the classifier in the loop; we have two networks, and print
+    both. P has one for iNaturalist, where no balanced set exists: its KL is our kl_in_loop.
+  * A's discriminator blocks activate the skip connection too (an in-place ReLU); ours take the raw input, as P's references.
   * The weights that came closest in FID are chosen with other noise and other real images than those of the final score; P
-    and C choose and score with the same real images.
-  * The final batch norm of the residual generator is unconditional, as in C; P says that iNaturalist's are all conditional.
+    and A choose and score with the same real images.
+  * The final batch norm of the residual generator is unconditional, as in A; P says that iNaturalist's are all conditional.
   * bfloat16 where the hardware has it (`--amp off` for float32), fused Adam, real and fake in one pass of D.
 Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50), LSUN's and iNaturalist's
-downloads (folder:PATH takes the images; both classifiers see the GAN's size, where P shows iNaturalist's at 224 pixels).
+downloads (folder:PATH takes the images; the classifiers see the GAN's size, where P shows iNaturalist's at 224 pixels).
 """
 
 import argparse
@@ -47,6 +51,7 @@ import math
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +68,10 @@ from datasets import InputError, atomic_write, environment, fail, pick_device, r
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
-# What differs from data set to data set. P: the paper; T: its tables, all in the appendix but 1 to 4. C: the authors' code.
+# What differs from data set to data set. P: the paper; T: its tables, all in the appendix but 1 to 4. A: the authors' code.
 CIFAR10LT = dict(
-    rho=100, image_size=32, flip=False,  # P §4; C
-    architecture="sndcgan", width=64, slope=0.1, generator_spectral_norm=False, discriminator_width=64,  # T6, T7; slope: C
-    reg_weight={100: 10.0, 10: 7.5, 1: 5.0},  # lambda by rho, T5
+    conditioning="none", rho=100, image_size=32, flip=False,  # P §4; A
+    architecture="sndcgan", width=64, discriminator_width=64, slope=0.1, generator_spectral_norm=False,  # T6, T7; slope: A
     alpha=0.5, beta=1.0, cycle=2_000,  # P §3.1, T10
     steps=100_000, batch_size=256, lr=2e-4, beta1=0.5, beta2=0.999,  # P §4, T10
     ema=0.9999, ema_start=20_000,  # T10
@@ -75,38 +79,37 @@ CIFAR10LT = dict(
     eval_images=50_000, reference="test",  # P §4
     sample_every=2_000, save_every=1_000,
 )
-# T12. P's text gives beta1 0 (LSUN's) by reference, its table 0.5. CHOICE: the table. Other rho than 10: the same lambda.
-CIFAR100LT = CIFAR10LT | dict(rho=10, architecture="snresgan", reg_weight={10: 0.5})
-# T5 says 20, 7.5 and 5, with weights as in --weighting paper; C's, with weights that sum to K, are:
-LSUN5 = CIFAR10LT | dict(rho=None, image_size=64, architecture="snresgan", beta1=0.0, reg_weight={100: 10.0, 10: 7.5, 1: 2.5},
-                         reference="reference")
-INAT2019 = LSUN5 | dict(conditioning="inverse", reg_weight={1: 0.5}, alpha=0.005, beta=0.005, cycle=1, steps=200_000,
-                        generator_spectral_norm=True)  # T12, appendix 6.5.2
-DATASETS = {
+LSUN5 = CIFAR10LT | dict(image_size=64, architecture="snresgan", beta1=0.0)  # T8, T9, P §4
+RECIPES = {
     "cifar10lt": CIFAR10LT,
-    "cifar10": CIFAR10LT | dict(rho=None, reg_weight={1: 5.0}),
-    "cifar100lt": CIFAR100LT,
-    "cifar100": CIFAR100LT | dict(rho=None),
+    # T12; P's text gives beta1 0 (LSUN's) by reference. CHOICE (where P and A leave two values open): the table's.
+    "cifar100lt": CIFAR10LT | dict(rho=10, architecture="snresgan"),
     "lsun5": LSUN5,
-    "inat2019": INAT2019,
-    # Ours: sized for two CPU cores and a few minutes.
+    # T12, appendix 6.5.2
+    "inat2019": LSUN5 | dict(
+        conditioning="inverse", alpha=0.005, beta=0.005, cycle=1, steps=200_000, generator_spectral_norm=True),
+    # Ours: the paper's networks, narrowed, for two CPU cores and a few minutes.
     "shapeslt": CIFAR10LT | dict(
-        image_size=16, flip=True, width=32, discriminator_width=64, reg_weight={1: 2.0}, cycle=100, steps=3_000,
-        batch_size=32, lr=1e-3, beta1=0.0, beta2=0.99, ema=0.995, ema_start=100, monitor_every=500, monitor_images=0,
-        eval_images=10_000, reference="reference", sample_every=500, save_every=500),
+        image_size=16, flip=True, width=32, discriminator_width=64, cycle=100, steps=3_000, batch_size=32, lr=1e-3, beta1=0.0,
+        beta2=0.99, ema=0.995, ema_start=100, monitor_images=0, eval_images=10_000, reference="reference", sample_every=500,
+        save_every=500),
 }
-DATASETS["shapes"] = DATASETS["shapeslt"] | dict(rho=None)
+# lambda by the imbalance of the data; the nearest counts. T5; T12. T5 has 20, 7.5 and 5 for LSUN, with P's weights; A, whose
+# weights sum to K, has what stands here.
+LAMBDA = {"cifar10lt": {100: 10.0, 10: 7.5, 1: 5.0}, "cifar100lt": {10: 0.5}, "lsun5": {100: 10.0, 10: 7.5, 1: 2.5},
+          "inat2019": {1: 0.5}, "shapeslt": {1: 2.0}}  # fmt: skip
 
 # How labels come in. The first is the method of the paper; LABELLED are its baselines.
-#   none        no labels at all                                     uniform   G is given random labels, D none (Table 4)
-#   inverse     the same, drawn in proportion to 1 / N_k (iNaturalist)
+#   none        no labels at all
+#   inverse     G is given random labels, drawn in proportion to 1 / N_k, D none (iNaturalist)
+#   uniform     the same, each class equally likely: with --reg-weight 0 Table 4's SNResGAN, without the ablation of 6.5.2
 #   acgan       G with conditional batch norm, a class head in D     cgan      the same G, a projection in D
 #   pretrained  the same G, D none; the classifier in the loop in the place of ACGAN's class head (§4.2)
 LABELLED = ("acgan", "cgan", "pretrained")
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
-        "features", "reference", "annotator", "sample_seed", "weights"}
+        "features", "reference", "annotator", "sample_seed", "weights", "classifier"}  # classifier: its content is compared
 
 
 def parse_settings(argv=None):
@@ -114,17 +117,15 @@ def parse_settings(argv=None):
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which.error = fail
     which.add_argument("--dataset", default="cifar10lt")
-    which.add_argument("--recipe", choices=DATASETS)
-    which.add_argument("--rho", type=float)
-    which.add_argument("--conditioning")
+    which.add_argument("--recipe", choices=RECIPES)
     first, _ = which.parse_known_args(argv)
-    recipe = first.recipe or (first.dataset if first.dataset in DATASETS else "cifar10lt")
-    table = dict(conditioning="none", recipe=recipe) | DATASETS[recipe]
+    of_name = [r for r in RECIPES if first.dataset.startswith(r.removesuffix("lt"))]  # cifar10, cifar10imb: cifar10lt
+    recipe = first.recipe or max(of_name, key=len, default="cifar10lt")
+    table = RECIPES[recipe] | dict(recipe=recipe)
     if first.dataset not in datasets.LONG_TAILED:
         table["rho"] = None
-    rho = max(1.0, first.rho or table["rho"] or 1.0)
-    nearest = min(table["reg_weight"], key=lambda r: abs(math.log(r / rho)))
-    table["reg_weight"] = 0.0 if first.conditioning in LABELLED else table["reg_weight"][nearest]
+    if first.dataset.startswith("folder:"):
+        table["reference"] = "reference"  # a folder may do without a test split
 
     parser = argparse.ArgumentParser(
         description="Class Balancing GAN. Defaults shown are those of --dataset " + first.dataset,
@@ -133,27 +134,28 @@ def parse_settings(argv=None):
     parser.error = fail
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cifar10lt", help="a name that datasets.py knows, or folder:PATH")
-    group.add_argument("--recipe", choices=DATASETS, help="whose defaults to take, for a folder")
+    group.add_argument("--recipe", choices=RECIPES, help="whose defaults to take, for a folder")
     group.add_argument("--rho", type=float, help="imbalance ratio of a long-tailed set")
     group.add_argument("--data-dir", default="data", help="where prepared data sets lie")
     group.add_argument("--image-size", type=int, help="pixels")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the real images; not in C")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the real images; not in A")
     group = parser.add_argument_group("method")
     group.add_argument("--conditioning", choices=("none", "uniform", "inverse", *LABELLED),
                        help="none: the method; see the top of the settings in the script")
     group.add_argument("--classifier", metavar="PATH", help="the classifier in the loop; default: one trained first")
-    group.add_argument("--reg-weight", type=float, help="lambda, Table 5, before its division by K; 0: no regulariser")
+    group.add_argument("--reg-weight", type=float, metavar="LAMBDA",
+                       help="default: Table 5's for the imbalance of the data; 0 for acgan, cgan, pretrained")
     group.add_argument("--weighting", choices=("sum-to-K", "paper"), default="sum-to-K",
-                       help="sum-to-K: C, bounded; paper: 1 / N_k, Eq. 7")
+                       help="sum-to-K: A, bounded; paper: 1 / N_k, Eq. 7")
     group.add_argument("--alpha", type=float, help="forgetting factor, Eq. 5")
-    group.add_argument("--beta", type=float, help="weight of new counts, Eq. 5; changes little, see effective_class_frequency")
+    group.add_argument("--beta", type=float, help="weight of new counts, Eq. 5; see effective_class_frequency")
     group.add_argument("--cycle", type=int, help="generator steps from one update of N_k to the next")
     group.add_argument("--force-frequency", type=float, metavar="N", help="keep N_hat at N for class 0, 1 for others: Fig. 3")
     group = parser.add_argument_group("network")
     group.add_argument("--architecture", choices=("sndcgan", "snresgan"), help="Tables 6 and 7, or 8 and 9")
     group.add_argument("--width", type=int, help="channels of the generator's last level; snresgan up to 32 pixels: a quarter")
     group.add_argument("--discriminator-width", type=int, help="channels of its first level; snresgan up to 32 pixels: half")
-    group.add_argument("--slope", type=float, help="of the leaky ReLUs; P: 0 in Tables 8 and 9, 0.1 elsewhere; C: 0.1")
+    group.add_argument("--slope", type=float, help="of the leaky ReLUs; A: 0.1; P: 0 in Tables 8 and 9")
     group.add_argument("--generator-spectral-norm", action=argparse.BooleanOptionalAction, help="P: for iNaturalist")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, help="one of D and one of G each")
@@ -178,11 +180,11 @@ def parse_settings(argv=None):
     group.add_argument("--eval-images", type=int, help="samples to score at the end; 0: none")
     group.add_argument("--eval-only", action="store_true", help="sample from and score the checkpoint, do not train")
     group.add_argument("--weights", choices=("best", "last"), default="best", help="best by the monitored distance, or last")
-    group.add_argument("--sample-seed", type=int, default=0, help="of these samples (P's +- is over three of them)")
+    group.add_argument("--sample-seed", type=int, default=0, help="other ones for P's +-, in a directory of their own")
     group.add_argument("--annotator", metavar="PATH", help="a classifier trained on balanced data, to count the samples with; "
                        "default: that of --features if it is one, else one trained for it")
-    group.add_argument("--features", help="inception, inception-fid or classifier:PATH; default: a classifier of the shapes "
-                       "for shapes, inception otherwise")
+    group.add_argument("--features", help="inception, inception-fid (P's FID) or classifier:PATH; default: a classifier of the "
+                       "shapes for shapes, inception otherwise")
     group.add_argument("--reference", choices=datasets.SPLITS, help="split to compare samples with")
 
     parser.set_defaults(**table)
@@ -202,20 +204,23 @@ def check_settings(args):
     below_1 = ("from 0 to below 1", lambda v: 0 <= v < 1)
     rules = dict.fromkeys(("steps", "batch_size", "save_every", "cycle", "monitor_every", "width", "discriminator_width"),
                           ("at least 1", lambda v: v >= 1))
-    rules |= dict.fromkeys(("reg_weight", "ema_start", "sample_every", "eval_images", "seed", "sample_seed", "slope"),
+    rules |= dict.fromkeys(("ema_start", "sample_every", "eval_images", "seed", "sample_seed", "slope"),
                            ("0 or more, and finite", lambda v: 0 <= v < math.inf))
     rules |= dict.fromkeys(("ema", "beta1", "beta2"), below_1)
     rules |= dict.fromkeys(("lr", "beta"), ("a positive number", lambda v: 0 < v < math.inf))
     rules |= {
+        "reg_weight": ("0 or more, and finite", lambda v: v is None or 0 <= v < math.inf),
         "alpha": ("above 0 and at most 1", lambda v: 0 < v <= 1),
         "force_frequency": ("a positive number", lambda v: v is None or 0 < v < math.inf),
         "image_size": ("16, 32, 64, 128 or 256", lambda v: v in (16, 32, 64, 128, 256)),
+        "features": ("inception, inception-fid or classifier:PATH",
+                     lambda v: v in (None, "inception", "inception-fid") or v.startswith("classifier:")),
         "monitor_images": ("0, or at least 2", lambda v: v == 0 or v >= 2),
     }
     for name, (what, holds) in rules.items():
         if not holds(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
-    if args.conditioning == "inverse" and not args.reg_weight:
+    if args.conditioning == "inverse" and args.reg_weight == 0:
         fail("--conditioning inverse draws labels by what the regulariser counts; without it (--reg-weight 0) take uniform")
     for name in ("classifier", "annotator"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).is_file():
@@ -231,7 +236,7 @@ def check_settings(args):
 # c      (K,) fakes that C took for each class, a cycle  N      (K,) effective class distribution, sums to 1
 # x      (B, 3, H, W) real images, in [-1, 1]            p_hat  (K,) mean over a batch of fakes of softmax(C(G(z)))
 # z      (B, 128) noise; y (B,) int64 class              w      (K,) weight of each class in the regulariser
-# alpha, beta: forgetting and gain of N_hat; lambda: --reg-weight. P's other lambda, of its propositions, is nu in our tests.
+# alpha, beta: forgetting and gain of N_hat; lambda: --reg-weight (P has another lambda, a multiplier, in its propositions)
 def relativistic_loss(better, worse):
     """Eqs 2 and 3: -E[log sigmoid(better - worse)] of the scores of two batches, (B,) each, paired by their place. Scalar.
 
@@ -245,7 +250,7 @@ def effective_class_frequency(N_hat, c, alpha, beta):
     """Eq. 5: N_hat_k^t = (1 - alpha) N_hat_k^(t-1) + beta c_k^(t-1), once a cycle; (K,) float and (K,) counts in, (K,) out.
 
     P uses beta = 1 or beta = alpha. After Eq. 6 that is almost the same: N_hat from (beta, N_hat^0) is beta times N_hat from
-    (1, N_hat^0 / beta), so that beta only weighs the start, which one cycle of 512,000 counts drowns.
+    (1, N_hat^0 / beta): beta only weighs the start, which one cycle of 512,000 counts drowns (iNaturalist's take hundreds).
     """
     return (1 - alpha) * N_hat + beta * c
 
@@ -262,10 +267,10 @@ def class_weights(N, weighting):
     """w (K,) from the effective class distribution N (K,): what stands for 1 / N_k in Eq. 7. All 1 where N is uniform.
 
     "paper"     w_k = 1 / (K N_k): Eq. 7 with P's lambda divided by K, as its appendix says below Table 5
-    "sum-to-K"  w_k = K (1 / N_k) / sum_j (1 / N_j): C. The default: |lambda L_reg| can't exceed lambda K / e
-    Their ratio, paper over sum-to-K, is sum_j (1 / N_j) / K^2, arithmetic over harmonic mean of N: the same for each class. So
-    the gradient points the same way, only longer, 6.2 times where N is CIFAR10-LT's distribution at rho = 100; it is 1 when the
-    method has done its work. The log has it as am_over_hm.
+    "sum-to-K"  w_k = K (1 / N_k) / sum_j (1 / N_j): A. The default: |lambda L_reg| can't exceed lambda K / e
+    Their ratio, paper over sum-to-K, is sum_j (1 / N_j) / K^2, arithmetic over harmonic mean of N: the same for each class. The
+    gradient of L_reg points the same way, only P's is longer, 6.2 times where N is CIFAR10-LT's distribution at rho = 100, and
+    weighs that much more against L_G; when the method has done its work the ratio is 1. The log has it as am_over_hm.
     """
     inverse = 1 / N.clamp(min=FLOOR / len(N))
     return inverse / len(N) if weighting == "paper" else inverse / inverse.mean()
@@ -276,8 +281,9 @@ def class_balancing_regulariser(p_hat, w):
 
     p_hat (K,) is the mean of the batch's class probabilities, so the entropy is that of the batch: images may each be of one
     class for certain, as long as they are not all of the same. With w = 1 the minimum, -log K, is at the uniform p_hat;
-    else classes with a small N_k (large w_k) get more than their share. The bound of Proposition 1 needs K >= 3: with two
-    classes the minimum favours the frequent one.
+    else it is at p_hat_k = exp(nu N_k - 1), nu such that they sum to 1 (Proposition 2): a class with a small N_k gets more than
+    its share, one with a large N_k at most exp(-K (log K - 1) N_k - 1) (Eq. 16, Proposition 1; P's text on Fig. 3 says the
+    contrary of its caption and proof). That needs K >= 3: with two classes nu > 0, and the frequent one is favoured.
     """
     return (w * p_hat * p_hat.clamp(min=1e-8).log()).sum()
 
@@ -293,13 +299,13 @@ LATENT = 128
 class Norm(nn.Module):
     """Batch normalisation of (B, C, H, W); if there are classes, with a scale and a shift for each (conditional batch norm).
 
-    (1 + gain_y) x + shift_y, de Vries et al. 2017; both tables start orthogonal, not zero, as in C.
+    (1 + gain_y) x + shift_y, de Vries et al. 2017; both tables start orthogonal, not zero, as in A.
     """
 
     def __init__(self, channels, num_classes):
         super().__init__()
         labelled = num_classes is not None
-        self.norm = nn.BatchNorm2d(channels, eps=1e-4 if labelled else 1e-5, affine=not labelled)  # eps: C
+        self.norm = nn.BatchNorm2d(channels, eps=1e-4 if labelled else 1e-5, affine=not labelled)  # eps: A
         self.gain, self.shift = (nn.Embedding(num_classes, channels) if labelled else None for _ in range(2))
 
     def forward(self, x, y):
@@ -308,7 +314,7 @@ class Norm(nn.Module):
 
 
 def initialise(network, normalise):
-    """Orthogonal weights, zero biases (C); then spectral norm on all layers with a weight matrix, if `normalise`.
+    """Orthogonal weights, zero biases (A); then spectral norm on all layers with a weight matrix, if `normalise`.
 
     Miyato et al. 2018: W / sigma(W), sigma by one step of the power method in each forward pass in training mode.
     """
@@ -329,7 +335,7 @@ class DCGenerator(nn.Module):
         levels, self.slope = int(math.log2(image_size // 4)), slope
         widths = [width * 2**i for i in reversed(range(levels + 1))]  # 512, 256, 128, 64 at 32 pixels
         self.first = nn.Linear(LATENT, widths[0] * 4 * 4)
-        self.up = nn.ModuleList([nn.ConvTranspose2d(a, b, 4, 2, padding=1) for a, b in zip(widths, widths[1:], strict=False)])
+        self.up = nn.ModuleList([nn.ConvTranspose2d(a, b, 4, 2, padding=1) for a, b in pairwise(widths)])
         self.norm = nn.ModuleList([Norm(b, num_classes) for b in widths[1:]])
         self.last = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -365,7 +371,7 @@ class ResGenerator(nn.Module):
         widths = [width * 2**i for i in reversed(range(levels + 1))] if image_size > 32 else [4 * width] * (levels + 1)
         self.first = nn.Linear(LATENT, widths[0] * 4 * 4)
         self.blocks = nn.ModuleList(
-            [GeneratorBlock(a, b, slope, num_classes) for a, b in zip(widths, widths[1:], strict=False)])
+            [GeneratorBlock(a, b, slope, num_classes) for a, b in pairwise(widths)])
         self.norm, self.last = nn.BatchNorm2d(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z, y=None):
@@ -384,7 +390,7 @@ def build_generator(args, num_classes):
 
 
 class DiscriminatorBlock(nn.Module):
-    """(B, in, H, W) -> (B, out, H, W), half the height and width if `down`. The skip takes the raw input (C activates it)."""
+    """(B, in, H, W) -> (B, out, H, W), half the height and width if `down`. The skip takes the raw input (A activates it)."""
 
     def __init__(self, width_in, width_out, slope, first, down):
         super().__init__()
@@ -413,7 +419,7 @@ class Discriminator(nn.Module):
         widths = [3] + [width * 2**i for i in range(levels + 1)]  # 3, 64, 128, 256, 512 at 32 pixels
         if args.architecture == "sndcgan":
             layers = []
-            for a, b in zip(widths[:-1], widths[1:], strict=True):
+            for a, b in pairwise(widths):
                 layers += [nn.Conv2d(a, b, 3, padding=1), nn.LeakyReLU(slope)]
                 layers += [nn.Conv2d(b, b, 4, 2, padding=1), nn.LeakyReLU(slope)] if b != widths[-1] else []
         else:
@@ -421,18 +427,19 @@ class Discriminator(nn.Module):
             if args.image_size <= 32:
                 widths, downs = [3] + [2 * width] * (levels + 1), levels - 1  # to 8 x 8, then two
             layers = [DiscriminatorBlock(a, b, slope, first=i == 0, down=i < downs)
-                      for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))] + [nn.LeakyReLU(slope)]
+                      for i, (a, b) in enumerate(pairwise(widths))] + [nn.LeakyReLU(slope)]
         self.layers, self.score = nn.Sequential(*layers), nn.Linear(widths[-1], 1)
         self.class_head = nn.Linear(widths[-1], num_classes) if args.conditioning == "acgan" else None
         self.projection = nn.Embedding(num_classes, widths[-1]) if args.conditioning == "cgan" else None
         initialise(self, normalise=True)
 
     def forward(self, x, y=None):
-        h = self.layers(x).sum((2, 3))  # (B, width): sum over the pixels, not mean
-        score = self.score(h)[:, 0]
-        if self.projection is not None:  # Miyato & Koyama 2018: w h + b + <e_y, h>
-            score = score + (self.projection(y) * h).sum(1)
-        return score.float(), None if self.class_head is None else self.class_head(h).float()
+        h = self.layers(x).float().sum((2, 3))  # (B, width): sum over the pixels, not mean
+        with torch.autocast(x.device.type, enabled=False):  # scores are compared: not in 8 bits
+            score = self.score(h)[:, 0]
+            if self.projection is not None:  # Miyato & Koyama 2018: w h + b + <e_y, h>
+                score = score + (self.projection(y) * h).sum(1)
+            return score, None if self.class_head is None else self.class_head(h)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,11 +524,10 @@ def trim_log(path, step):
 # main
 # ----------------------------------------------------------------------------------------------------------------------
 LOG_EVERY = 50  # steps
-GRID_ROWS, GRID_COLUMNS, GRID_POOL = 10, 10, 500  # classes from head to tail, samples of each, samples to look for them in
-LOSSES = ("L_D", "L_G", "L_reg", "L_class")  # Eqs 2, 3 and 7, and ACGAN's in D, as they stand in the log
+GRID_ROWS, GRID_COLUMNS = 10, 10  # classes, evenly spaced from head to tail, and samples of each
+GRID_POOL = 50, 5_000  # samples to look for them in, where there are no labels: this many a class, at most these
+LOSSES = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3 and 7, the baselines' cross-entropies; as in the log
 CERTAIN = 0.9  # Fig. 3 counts samples whose class is more probable than this apart
-CLASS_LOSS = {"acgan": 1.0, "pretrained": 0.5}  # weight of the cross-entropy in the generator's loss: C; P, appendix 6.6
-SYSTEM = {"acgan": "ACGAN", "cgan": "cGAN", "pretrained": "ACGAN with the pretrained classifier"}
 
 
 # same in: cbdm.py
@@ -548,13 +554,26 @@ def rows_by_class(images, seen, classes):
 def state_pairs(average, network):
     """The tensors of two like networks, as ((averages, values to average), (copies, values to copy)): lists.
 
-    Averaged are weights and batch statistics; copied the counters and the vectors of spectral norm, because the average of two
-    unit vectors is none.
+    Averaged are weights and batch statistics; copied the counters and, because the average of two unit vectors is none, the
+    vectors of spectral norm: for the average's own weights they are an approximation.
     """
     average, network = average.state_dict(), network.state_dict()
     mean = [k for k, v in network.items() if v.is_floating_point() and not k.endswith(("._u", "._v"))]
     rest = [k for k in network if k not in mean]
     return [([average[k] for k in keys], [network[k] for k in keys]) for keys in (mean, rest)]
+
+
+def other_images(args):
+    """(split, ImageSet) of real images that are not those of the final score; (None, None) where there are no others."""
+    scored = datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho).images
+    for split in ("reference", "test", "train"):
+        try:
+            real = datasets.load(args.dataset, args.data_dir, split, args.image_size, args.rho)
+        except InputError:  # a folder without this split
+            continue
+        if real.images.shape != scored.shape or not torch.equal(real.images, scored):
+            return split, real
+    return None, None
 
 
 def main(argv=None):
@@ -563,21 +582,39 @@ def main(argv=None):
     amp = use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
     train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)  # the same images for each --seed
-    K, B = len(train.classes), args.batch_size
+    K, B, labelled = len(train.classes), args.batch_size, args.conditioning in LABELLED
+    if args.reg_weight is None:
+        imbalance = (train.counts.max() / train.counts.min()).item()
+        nearest = min(LAMBDA[args.recipe], key=lambda rho: abs(math.log(rho / imbalance)))
+        args.reg_weight = 0.0 if labelled else LAMBDA[args.recipe][nearest]
     if args.reg_weight and K < 3:
         fail(f"{args.dataset} has {K} classes: the regulariser balances 3 or more (Proposition 1); --reg-weight 0 goes without")
+    checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
+    state = load_checkpoint(checkpoint_file, "cpu") if checkpoint_file.exists() else None
+    if state:  # the run that this directory holds goes on
+        check_same_run(args, state["settings"], run_dir)
+    elif args.eval_only:
+        fail(f"--eval-only: there is no checkpoint in {run_dir}")
 
-    # C, the classifier in the loop. acgan and cgan do without it; a run without regulariser is only looked at through it.
-    C = None
-    if args.reg_weight or args.conditioning not in ("acgan", "cgan"):
+    # C, the classifier in the loop. acgan and cgan do without; a run without regulariser is only looked at through it.
+    C, in_loss = None, bool(args.reg_weight) or args.conditioning == "pretrained"
+    if in_loss or args.conditioning not in ("acgan", "cgan"):
         C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size, args.rho, device=device)
         right = C.info["test_accuracy"]
-        print(f"classifier in the loop: {C.info['path']}, {right['all']:.1%} of the test images right, {right['tail']:.1%} of "
-              "the tail third", flush=True)
+        shown = ", ".join(f"{name} {share:.1%}" for name, share in right.items() if share is not None)
+        print(f"classifier in the loop: {C.info['path']}, test images right: {shown}", flush=True)
         if args.reg_weight and right["tail"] < 0.05:
             print("warning: the classifier can hardly tell the tail. Where its performance is 0 there, the paper's \"algorithm "
                   "diverges and is not able to produce meaningful results\" (§4.4)", file=sys.stderr, flush=True)
-    classifier_hash = C and hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest()
+    classifier_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
+    if state and state["classifier"] != classifier_hash:
+        fail(f"{run_dir} holds a run with another classifier in its loop than {C.info['path']} is now")
+    # The annotator, which counts the classes in the samples: a classifier that learnt from balanced data, and not C.
+    annotator = args.annotator or (args.features or "").removeprefix("classifier:")
+    if Path(annotator).is_file():
+        if C is not None and Path(annotator).samefile(C.info["path"]):
+            fail(f"{annotator} is the classifier in the loop; take another annotator")
+        load_classifier(annotator, "cpu", train.classes, args.image_size)  # refused now rather than after days of training
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
@@ -585,7 +622,7 @@ def main(argv=None):
     G, D = (n.to(device, memory_format=torch.channels_last) for n in (build_generator(args, K), Discriminator(args, K)))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     (means, values), (copies, originals) = state_pairs(ema, G)
-    adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=1e-6, fused=device.type in ("cuda", "cpu"))  # eps: C
+    adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=1e-6, fused=device.type in ("cuda", "cpu"))  # eps: A
     optimizer_G, optimizer_D = torch.optim.Adam(G.parameters(), **adam), torch.optim.Adam(D.parameters(), **adam)
     batches = datasets.Batches(train, B, flip=args.flip, device=device, seed=args.seed)
     modules = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D, "batches": batches}
@@ -594,84 +631,81 @@ def main(argv=None):
     if args.force_frequency:
         N_hat[0] = args.force_frequency
     sums, logged = torch.zeros(len(LOSSES), device=device), 0  # losses since the last line of the log; how many
-    best = {"distance": math.inf}  # the averaged generator at the smallest monitored distance
+    best = {}  # the averaged generator at the smallest monitored distance, and what that was
     start = 0
-
-    # Resume the run that this directory holds; or start from nothing.
-    checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
-    if checkpoint_file.exists():
-        state = load_checkpoint(checkpoint_file, "cpu")
-        check_same_run(args, state["settings"], run_dir)
-        if state["classifier"] != classifier_hash:
-            fail(f"{run_dir} holds a run with another classifier in its loop than {C.info['path']} is now")
+    if state:
         for name, module in modules.items():
             module.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         start, sums, logged, best = state["step"], state["sums"].to(device), state["logged"], state["best"]
         N_hat, c = state["N_hat"], state["c"].to(device)
-        del state  # a second copy of everything
-    elif args.eval_only:
-        fail(f"--eval-only: there is no checkpoint in {run_dir}")
+    del state  # a second copy of everything
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
-    name = SYSTEM.get(args.conditioning, "CBGAN" if args.reg_weight else "GAN")
-    print(f"{name} on {args.dataset}: {len(train.labels)} images of {K} classes, {int(train.counts.max())} to "
-          f"{int(train.counts.min())} a class; {parameters[0]:,} + {parameters[1]:,} parameters; {device}"
-          f"{', bf16' if amp else ''}; {run_dir}" + (f"; resumed at step {start}" if start else ""), flush=True)
+    print(f"GAN, conditioning {args.conditioning}, lambda {args.reg_weight:g}, on {args.dataset}: {len(train.labels)} images "
+          f"of {K} classes, {int(train.counts.max())} to {int(train.counts.min())} a class; {parameters[0]:,} + "
+          f"{parameters[1]:,} parameters; {device}{', bf16' if amp else ''}; {run_dir}"
+          f"{f'; resumed at step {start}' if start else ''}", flush=True)
 
     net_G, net_D, net_C = (torch.compile(n) if args.compile and n is not None else n for n in (G, D, C))
     N = effective_class_distribution(N_hat)
     w = class_weights(N, args.weighting).float().to(device)
+    # N, w, c and best change in the loop below; the functions here see them as they are when called.
 
     def noise():
-        """z, and y for the generator. Drawn on the CPU, where N is; the only random numbers of a run beside the batches'."""
+        """z, and y for the generator; from the CPU, the same on each device."""
         z, y = torch.randn(B, LATENT), draw_labels(B, N, args.conditioning)
-        return z.to(device, non_blocking=True), None if y is None else y.to(device, non_blocking=True)
+        return z.to(device), None if y is None else y.to(device)
 
-    def check_finite(step):
-        if not torch.isfinite(sums).all():
+    def check_finite(step, tensors):
+        if not all(x.isfinite().all() for x in tensors):
             kept = f"the last good checkpoint, {checkpoint_file}, is kept" if checkpoint_file.exists() else "nothing was saved"
-            kind = "NaN" if sums.isnan().any() else "infinite"
-            fail(f"a loss became {kind} shortly before step {step}; {kept}; try a lower --lr or --reg-weight")
+            fail(f"a loss or weight became NaN or infinite shortly before step {step}; {kept}; a new run may need a lower --lr "
+                 "or --reg-weight")
 
     def save_checkpoint(step):
-        check_finite(step)
+        check_finite(step, [sums, *G.parameters(), *D.parameters()])
         state = {name: module.state_dict() for name, module in modules.items()}
         state |= dict(step=step, settings=vars(args), sums=sums, logged=logged, N_hat=N_hat, c=c, best=best,
                       classifier=classifier_hash, rng=torch.get_rng_state())
         with atomic_write(checkpoint_file) as file:
             torch.save(state, file)
 
+    order = torch.from_numpy(datasets.head_to_tail(train.counts))
+    grid_rows = order[torch.linspace(0, K - 1, min(K, GRID_ROWS)).round().long()]
+
     def draw_grid(step):
         """One row a class from head to tail: of the label that was asked for, or of the class that C sees."""
-        order = torch.from_numpy(datasets.head_to_tail(train.counts))
-        rows = order[torch.linspace(0, K - 1, min(K, GRID_ROWS)).round().long()]
-        if args.conditioning in LABELLED:
-            y = rows.repeat_interleave(GRID_COLUMNS)
+        if labelled:
+            y = grid_rows.repeat_interleave(GRID_COLUMNS)
             images = generate(ema, latents(len(y), GRID, args.seed)[0], y, amp)
         else:
-            z, generator = latents(GRID_POOL, GRID, args.seed)
-            images = generate(ema, z, draw_labels(GRID_POOL, N, args.conditioning, generator), amp)
-            images = rows_by_class(images, predict(C, images)[0], rows)
+            z, generator = latents(min(GRID_POOL[0] * K, GRID_POOL[1]), GRID, args.seed)
+            images = generate(ema, z, draw_labels(len(z), N, args.conditioning, generator), amp)
+            images = rows_by_class(images, predict(C, images)[0], grid_rows)
         write_grid(run_dir / "samples" / f"step-{step:07d}.png", images, GRID_COLUMNS)
 
     # The monitored distance chooses the weights: with noise, and against real images, that the final score does not use.
-    monitored = None
+    ruler = None
     if args.monitor_images and start < args.steps and not args.eval_only:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
 
-        others = "reference" if args.reference == "test" else "test"
+        split, real = other_images(args)
         try:
-            real = datasets.load(args.dataset, args.data_dir, others, args.image_size, args.rho)
-            monitored = metrics.load_reference(real, args.dataset, args.data_dir, args.features, others, args.rho, device)
-        except InputError as error:  # most often: no weights for the features, and no network to get them
-            print(f"warning: not monitored, the last weights will be scored: {error}", file=sys.stderr, flush=True)
+            ruler = real and metrics.load_reference(real, args.dataset, args.data_dir, args.features, split, args.rho, device)
+        except InputError as error:  # no weights for the features, and no network to get them
+            print(f"warning: the distance is not monitored: {error}", file=sys.stderr, flush=True)
+        if not real:
+            print("warning: the distance is not monitored: no real images but the final score's", file=sys.stderr, flush=True)
+        if ruler and best.get("ruler", [args.features, split]) != [args.features, split]:
+            best = {}  # chosen by another distance
 
     def monitor():
-        """Frechet distance of the averaged generator."""
-        network, features = monitored
+        """Frechet distance of the averaged generator, and KL to uniform of the classes that C sees in it."""
+        network, features = ruler
         z, generator = latents(args.monitor_images, MONITOR, args.seed)
         images = generate(ema, z, draw_labels(len(z), N, args.conditioning, generator), amp)
-        return metrics.frechet_distance(features, metrics.extract_features(images, network, device)[0])
+        distance = metrics.frechet_distance(features, metrics.extract_features(images, network, device)[0])
+        return distance, None if C is None else metrics.kl_to_uniform(predict(C, images)[0].numpy(), K)
 
     # SIGINT (Ctrl-C) and SIGTERM finish the step, save and stop; a second one stops at once.
     stop = []
@@ -683,7 +717,7 @@ def main(argv=None):
 
     if start < args.steps and not args.eval_only:
         trim_log(log_file, start)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         with atomic_write(run_dir / "config.json") as file:
             config = {"settings": vars(args), **environment(), "device": name, "bf16": amp, "parameters": parameters,
                       "classifier": C and C.info["path"]}
@@ -692,8 +726,6 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, ask_to_stop)
         began = last = time.monotonic()
         last_step = start
-        zero = torch.zeros((), device=device)
-        used = args.reg_weight or args.conditioning == "pretrained"  # C in the generator's loss
         with open(log_file, "a") as log, tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
             for step in range(start, args.steps):
                 # Discriminator. Real and fake images in one pass.
@@ -704,13 +736,16 @@ def main(argv=None):
                         fake = net_G(z, y_fake)
                     scores, logits = net_D(torch.cat([x, fake]), None if y_fake is None else torch.cat([y, y_fake]))
                 D_real, D_fake = scores.chunk(2)
-                L_D = relativistic_loss(D_real, D_fake)  # Eq. 2
-                L_class = zero if logits is None else F.cross_entropy(logits[:B], y) + F.cross_entropy(logits[B:], y_fake)
+                loss = L_D = relativistic_loss(D_real, D_fake)  # Eq. 2
+                L_D_class = L_G_class = L_reg = torch.zeros_like(L_D)
+                if args.conditioning == "acgan":  # real and fake images by the label that they came with (A)
+                    L_D_class = F.cross_entropy(logits[:B], y) + F.cross_entropy(logits[B:], y_fake)
+                    loss = loss + L_D_class
                 optimizer_D.zero_grad()
-                (L_D + L_class).backward()
+                loss.backward()
                 optimizer_D.step()
 
-                # Generator. New noise, the same real images (C), a forward pass of D on them for Eq. 3.
+                # Generator. New noise; the same real images (A), which D scores once more for Eq. 3.
                 D.requires_grad_(False)  # its gradients would be computed and thrown away
                 z, y_fake = noise()
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -718,15 +753,17 @@ def main(argv=None):
                     D_fake, logits = net_D(fake, y_fake)
                     with torch.no_grad():
                         D_real, _ = net_D(x, y)
-                    seen = net_C(fake).float() if used else None  # (B, K) logits of C, in which no gradient ends
+                    seen = net_C(fake).float() if in_loss else None  # (B, K) logits; C is frozen, gradients go through it
                 D.requires_grad_(True)
                 loss = L_G = relativistic_loss(D_fake, D_real)  # Eq. 3
-                L_reg = zero
                 if args.reg_weight:
                     L_reg = class_balancing_regulariser(seen.softmax(1).mean(0), w)  # Eq. 7
                     loss = loss + args.reg_weight * L_reg  # Eq. 17
-                if args.conditioning in CLASS_LOSS:
-                    loss = loss + CLASS_LOSS[args.conditioning] * F.cross_entropy(seen if logits is None else logits, y_fake)
+                if args.conditioning == "acgan":
+                    L_G_class = F.cross_entropy(logits, y_fake)  # weight 1: A
+                elif args.conditioning == "pretrained":
+                    L_G_class = 0.5 * F.cross_entropy(seen, y_fake)  # §4.2, appendix 6.6
+                loss = loss + L_G_class
                 optimizer_G.zero_grad()
                 loss.backward()
                 optimizer_G.step()
@@ -738,7 +775,7 @@ def main(argv=None):
                     torch._foreach_lerp_(means, values, 1 - args.ema)
                 torch._foreach_copy_(copies, originals)
 
-                # Class statistics, from the generator's fakes alone.
+                # Class statistics: of the fakes of this step alone, for the cycles to come.
                 if args.reg_weight and not args.force_frequency:
                     took = seen.argmax(1)
                     c.scatter_add_(0, took, torch.ones_like(took))
@@ -748,27 +785,30 @@ def main(argv=None):
                         w = class_weights(N, args.weighting).float().to(device)
                         c.zero_()
 
-                sums += torch.stack([L_D, L_G, L_reg, L_class]).detach()
+                sums += torch.stack([L_D, L_G, L_reg, L_D_class, L_G_class]).detach()
                 logged += 1
                 bar.update()
                 if done % LOG_EVERY == 0 or done == args.steps:
-                    check_finite(done)
+                    check_finite(done, [sums])
                     row = dict(zip(LOSSES, (sums / logged).tolist(), strict=True))
-                    bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items()), refresh=False)
+                    bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items() if v), refresh=False)
                     rate = (done - last_step) / (time.monotonic() - last)
-                    if args.reg_weight:  # how uneven N is: its KL to uniform; the ratio of the two weightings
-                        ratio = class_weights(N, "paper").mean()  # that of sum-to-K is 1
+                    if args.reg_weight:  # how uneven N is: KL to uniform; ratio of the two weightings, see class_weights
+                        ratio = (class_weights(N, "paper") / class_weights(N, "sum-to-K")).mean()
                         row |= {"kl_of_N": torch.special.xlogy(N, K * N).sum().item(), "am_over_hm": ratio.item()}
                     log.write(json.dumps({"step": done, **row, "images": done * B, "steps_per_second": round(rate, 3)}) + "\n")
                     log.flush()
                     last, last_step = time.monotonic(), done
                     sums.zero_()
                     logged = 0
-                if monitored and (done % args.monitor_every == 0 or done == args.steps):
-                    distance = monitor()
-                    log.write(json.dumps({"step": done, "monitored_distance": distance, "N": N.tolist()}) + "\n")
-                    if distance < best["distance"]:
-                        best = {"distance": distance, "step": done, "N": N, "ema": copy.deepcopy(ema.state_dict())}
+                if ruler and done % args.monitor_every == 0:
+                    distance, kl = monitor()
+                    row = {"step": done, "monitored_distance": distance, "kl_in_loop": kl, "N": N.tolist()}
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    if distance < best.get("distance", math.inf):
+                        best = {"distance": distance, "ruler": [args.features, split], "step": done, "N": N,
+                                "ema": copy.deepcopy(ema.state_dict())}  # fmt: skip
                 if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
                     draw_grid(done)
                 stopping = bool(stop)  # a signal that comes after this line is for the next step
@@ -785,55 +825,51 @@ def main(argv=None):
     if args.eval_images:
         import metrics
 
-        if args.weights == "best" and "ema" in best:
+        where = run_dir / f"sample-seed-{args.sample_seed}" if args.sample_seed else run_dir
+        scored, use_best = start, args.weights == "best" and "ema" in best
+        if use_best:
             ema.load_state_dict(best["ema"])
-            start, N = best["step"], best["N"]
+            scored, N = best["step"], best["N"]
         z, generator = latents(args.eval_images, FINAL, args.sample_seed)
-        if args.conditioning in LABELLED:
-            y = labels = (torch.arange(len(z)) % K).sort().values  # balanced to within one image
-        else:
-            y, labels = draw_labels(len(z), N, args.conditioning, generator), None
+        y = (torch.arange(len(z)) % K).sort().values if labelled else draw_labels(len(z), N, args.conditioning, generator)
         images = generate(ema, z, y, amp)
-        in_loop = None
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({} if labels is None else {"labels": labels.numpy()})
-        if C is not None:  # labels for the samples of a generator without: to train a classifier on them (CA in Table 1)
-            in_loop, _ = predict(C, images)
-            arrays["predicted"] = in_loop.numpy()
-        with atomic_write(run_dir / "samples.npz") as file:
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": y.numpy()} if labelled else {})
+        views = {"training": train.labels}
+        if C is not None:  # what samples without labels are taken for, to train a classifier on them (Acc. in Table 1)
+            views["in_loop"], _ = predict(C, images)
+            arrays["predicted"] = views["in_loop"].numpy()
+        with atomic_write(where / "samples.npz") as file:
             np.savez(file, **arrays)
 
-        # The classes are counted by an annotator: a classifier that learnt from balanced data and was in no loop.
-        path = args.annotator or (args.features or "").removeprefix("classifier:")
-        if not Path(path).is_file():
-            name = args.dataset.removesuffix("lt")  # balanced
-            path = frozen_classifier(name, args.data_dir, None, "reference", args.image_size, device=device).info["path"]
-        if C is not None and Path(path).samefile(C.info["path"]):
-            fail(f"the annotator {path} is the classifier in the loop, which the generator has learnt to please")
-        annotator = load_classifier(path, device, train.classes, args.image_size)
-        seen, certainty = predict(annotator, images)
-        views = {"training": train.labels, "annotator": seen, "certain": seen[certainty > CERTAIN]}
-        views |= {} if in_loop is None else {"in_loop": in_loop}
-        kl = {f"kl_{name}": metrics.kl_to_uniform(view.numpy(), K) for name, view in views.items() if len(view)}
+        if not Path(annotator).is_file():
+            judge = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size, device=device)
+            annotator = judge.info["path"]
+        judge = load_classifier(annotator, device, train.classes, args.image_size)
+        seen, certainty = predict(judge, images)
+        views |= {"annotator": seen, "certain": seen[certainty > CERTAIN]}
+        views = {name: view for name, view in views.items() if len(view)}
+        kl = {f"kl_{name}": metrics.kl_to_uniform(view.numpy(), K) for name, view in views.items()}
         shares = [{f"share_{name}": (view == k).double().mean().item() for name, view in views.items()} for k in range(K)]
-        rows = datasets.head_to_tail(train.counts)
-        print(f"{len(images)} samples of step {start}, shares of the classes as the annotator {path} sees them (right on "
-              f"{annotator.info['test_accuracy']['all']:.1%} of the test images)", flush=True)
-        bottom = {"KL to uniform": {"share" + name[2:]: value for name, value in kl.items()}}
-        table = {train.classes[k]: shares[k] for k in rows[:20]} | bottom
-        print(*metrics.text_table(table, {f"share_{name}": name for name in views}), sep="\n")
-        if labels is None:
-            grid = rows_by_class(images, seen, rows[:: math.ceil(K / GRID_ROWS)])
-            write_grid(run_dir / "samples" / "final.png", grid, GRID_COLUMNS)
+        shown = order if K <= 20 else torch.cat([order[:10], order[-10:]])
+        which = "each class" if K <= 20 else "ten classes of the head and ten of the tail"
+        print(f"{len(images)} samples of step {scored}: share of {which} as the annotator {annotator} sees it (right on "
+              f"{judge.info['test_accuracy']['all']:.1%} of the test images)")
+        table = {train.classes[k]: shares[k] for k in shown}
+        table["KL to uniform"] = {f"share_{name}": kl[f"kl_{name}"] for name in views}
+        print(*metrics.text_table(table, {f"share_{name}": name for name in views}), sep="\n", flush=True)
+        grid = rows_by_class(images, y if labelled else seen, grid_rows)
+        write_grid(where / "samples" / "final.png", grid, GRID_COLUMNS)
         try:
-            result = metrics.evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                                      args.image_size, device=device, seen=seen)
+            result = metrics.evaluate(images, y if labelled else None, args.dataset, args.data_dir, args.features,
+                                      args.reference, args.rho, args.image_size, device=device, seen=seen)
         except InputError as error:  # most often: no weights for the features, and no network to get them
-            print(f"{run_dir / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
+            print(f"{where / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
             return
-        result["protocol"] |= {"step": start, "weights": args.weights, "sample_seed": args.sample_seed, "annotator": str(path)}
+        result["protocol"] |= {"step": scored, "weights": "best" if use_best else "last", "sample_seed": args.sample_seed,
+                               "annotator": annotator}  # fmt: skip
         result["all"] |= kl
         result["per_class"] = [row | share for row, share in zip(result["per_class"], shares, strict=True)]
-        metrics.write_scores(result, run_dir)
+        metrics.write_scores(result, where)
         print(metrics.format_table(result))
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 import cbgan
 import classifier
 import datasets
+import metrics
 from cbgan import class_balancing_regulariser, class_weights, effective_class_distribution, effective_class_frequency
 from datasets import InputError
 
@@ -533,12 +534,12 @@ def test_a_step_is_the_papers(tiny, judges, tmp_path):
             assert torch.allclose(state[name][key], value, atol=2e-4), (name, key)
 
 
-def test_only_the_generators_fakes_are_counted(tiny, tmp_path):
+def test_only_the_generators_fakes_are_counted(tiny, judges, tmp_path):
     """Sum of c = steps of the cycle times batch; a monitored distance in mid-cycle leaves the counts alone."""
     run = [*tiny, "--cycle", "100", "--steps", "5"]
     cbgan.main([*run, "--run-dir", str(tmp_path / "a")])
     cbgan.main([*run, "--run-dir", str(tmp_path / "b"), "--monitor-images", "30", "--monitor-every", "2", "--sample-every", "2",
-                "--features", "classifier:" + tiny[-1], "--data-dir", str(tmp_path / "data")])
+                "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")])
     a, b = state_of(tmp_path / "a"), state_of(tmp_path / "b")
     assert a["c"].sum() == 5 * 8 and torch.equal(a["c"], b["c"]) and torch.equal(a["rng"], b["rng"])
     assert all(torch.equal(a["G"][k], b["G"][k]) for k in a["G"])
@@ -584,7 +585,8 @@ def test_each_option_of_the_method_trains(flags, regularised, tiny, tmp_path):
     cbgan.main([*tiny, "--sample-every", "3", *flags.split(), "--run-dir", str(tmp_path)])
     row = log_of(tmp_path)[-1]
     assert all(math.isfinite(row[k]) for k in cbgan.LOSSES)
-    assert (row["L_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N" in row)
+    assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N" in row)
+    assert (row["L_G_class"] > 0) == ("acgan" in flags or "pretrained" in flags)
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
@@ -600,7 +602,7 @@ def test_class_losses_of_the_baselines(tiny, judges, tmp_path):
     _, logits = D(torch.cat([x, G(z, y_fake).detach()]), torch.cat([y, y_fake]))
     p = logits.softmax(1)
     by_hand = -p[range(8), y].log().mean() - p[range(8, 16), y_fake].log().mean()
-    assert log_of(tmp_path / "a")[0]["L_class"] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert log_of(tmp_path / "a")[0]["L_D_class"] == pytest.approx(by_hand.item(), rel=1e-4)
 
 
 def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_script, monkeypatch):
@@ -633,10 +635,12 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     before = (run / "checkpoint.pt").read_bytes()
     monkeypatch.chdir(tmp_path)
     cbgan.main([*small, "--eval-only", "--weights", "last", "--sample-seed", "1"])
-    assert json.loads((run / "metrics.json").read_text())["protocol"]["step"] == 4
+    protocol = json.loads((run / "sample-seed-1" / "metrics.json").read_text())["protocol"]
+    assert (protocol["step"], protocol["weights"], protocol["sample_seed"]) == (4, "last", 1)
     assert (run / "checkpoint.pt").read_bytes() == before
-    with np.load(run / "samples.npz", allow_pickle=False) as samples:
+    with np.load(run / "sample-seed-1" / "samples.npz", allow_pickle=False) as samples:
         assert not np.array_equal(samples["images"], images.permute(0, 2, 3, 1))
+    assert json.loads((run / "metrics.json").read_text()) == scores
 
 
 def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_path):
@@ -647,17 +651,54 @@ def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_p
 
 
 def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny, judges, tmp_path):
-    splits, seeds = [], []
-    load, latents = datasets.load, cbgan.latents
-    monkeypatch.setattr(datasets, "load", lambda *a, **k: splits.append(a[2]) or load(*a, **k))
+    measured, seeds = [], []
+    latents, distance = cbgan.latents, metrics.load_reference
     monkeypatch.setattr(cbgan, "latents", lambda n, kind, seed: seeds.append((kind, seed)) or latents(n, kind, seed))
-    monitored = ["--monitor-images", "20", "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")]
-    cbgan.main([*tiny, *monitored, "--run-dir", str(tmp_path / "run")])
-    assert "test" in splits and "reference" not in splits
-    splits.clear()
-    cbgan.main([*tiny, *monitored, "--run-dir", str(tmp_path / "run"), "--eval-images", "20", "--eval-only"])
-    assert "reference" in splits and seeds == [(cbgan.MONITOR, 0), (cbgan.FINAL, 0)]
+    monkeypatch.setattr(metrics, "load_reference", lambda real, *a: measured.append(real.images) or distance(real, *a))
+    run = [*tiny, "--monitor-images", "20", "--monitor-every", "3", "--features", f"classifier:{judges.annotator}",
+           "--data-dir", str(tmp_path / "data"), "--eval-images", "20", "--run-dir", str(tmp_path / "run")]
+    cbgan.main(run)
+    choice, score = measured
+    assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [(cbgan.MONITOR, 0), (cbgan.FINAL, 0)]
     assert not torch.equal(latents(9, cbgan.MONITOR, 0)[0], latents(9, cbgan.FINAL, 0)[0])
+
+
+def hash_of(image):
+    return hash(image.numpy().tobytes())
+
+
+@pytest.mark.parametrize("splits, scored, expected", [
+    (("train", "test", "reference"), "reference", "test"), (("train", "test"), "reference", "train"),
+    (("train",), "reference", None), (("train", "test"), "test", "train"), (("train", "reference"), "reference", "train"),
+])  # fmt: skip
+def test_real_images_that_are_left_for_the_choice(splits, scored, expected, tmp_path):
+    for i, split in enumerate(splits):
+        for name in ("a", "b", "c"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(tmp_path / split / name / "0.png")
+    args = dict(dataset=f"folder:{tmp_path}", data_dir=tmp_path / "data", image_size=16, rho=None)
+    args = types.SimpleNamespace(reference=scored, **args)
+    assert cbgan.other_images(args)[0] == expected
+
+
+def test_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Three classes, training images alone: classifiers are trained first, then the GAN, and everything is scored."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for c, n in enumerate((9, 5, 2)):
+        (tmp_path / "mine" / "train" / f"class{c}").mkdir(parents=True)
+        for i in range(n):
+            image = rng.integers(80 * c, 80 * c + 60, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "mine" / "train" / f"class{c}" / f"{i}.png")
+    mine = ["--dataset", "folder:mine", "--image-size", "16"]
+    for split in ("train", "reference"):
+        classifier.main([*mine, "--split", split, "--epochs", "1", "--run-dir", split])
+    cbgan.main([*mine, "--width", "8", "--discriminator-width", "8", "--batch-size",
+                "4", "--steps", "2", "--eval-images", "12", "--classifier", "train/classifier.pt", "--run-dir", "run",
+                "--features", "classifier:reference/classifier.pt"])
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert scores["protocol"]["reference"] == "reference" and scores["protocol"]["reference_images"] == 16
+    assert scores["all"]["fd"] > 0 and len(scores["per_class"]) == 3
 
 
 def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path):
@@ -669,24 +710,36 @@ def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "samples.npz").exists() and "KL to uniform" in process.stdout
     assert "not scored" in process.stdout and "pt_inception-2015-12-05-6726825d.pth" in process.stdout
-    assert "not monitored" in process.stderr
+    assert "the distance is not monitored" in process.stderr
 
 
 # ------------------------------------------------------------------------------------------------- settings and errors
 
 
 def test_defaults_are_the_papers():
-    for flags, reg_weight, rho in ((["--dataset", "cifar10lt"], 10, 100), (["--dataset", "cifar10lt", "--rho", "10"], 7.5, 10),
-                                   (["--dataset", "cifar10"], 5, None), (["--dataset", "cifar100lt"], 0.5, 10),
-                                   (["--dataset", "cifar10lt", "--conditioning", "cgan"], 0, 100)):
+    for flags, rho in ((["--dataset", "cifar10lt"], 100), (["--dataset", "cifar10"], None), (["--dataset", "cifar100lt"], 10)):
         args = cbgan.parse_settings(flags)
-        assert (args.reg_weight, args.rho, args.lr, args.batch_size) == (reg_weight, rho, 2e-4, 256)
+        assert (args.rho, args.lr, args.batch_size, args.reg_weight) == (rho, 2e-4, 256, None)
         assert (args.beta1, args.beta2, args.steps, args.cycle, args.alpha, args.beta) == (0.5, 0.999, 100_000, 2000, 0.5, 1.0)
         assert (args.ema, args.ema_start, args.eval_images, args.reference) == (0.9999, 20_000, 50_000, "test")
+        assert args.architecture == ("snresgan" if "cifar100lt" in flags else "sndcgan")
     args = cbgan.parse_settings(["--dataset", "folder:x", "--recipe", "inat2019"])
     assert (args.conditioning, args.alpha, args.beta, args.cycle) == ("inverse", 0.005, 0.005, 1)
     assert (args.beta1, args.image_size) == (0, 64)
-    assert args.generator_spectral_norm and args.architecture == "snresgan" and args.reg_weight == 0.5
+    assert args.generator_spectral_norm and args.architecture == "snresgan" and args.reference == "reference"
+
+
+@pytest.mark.parametrize("recipe, rho, flags, expected", [
+    ("cifar10lt", 100, [], 10), ("cifar10lt", 10, [], 7.5), ("cifar10lt", 1, [], 5), ("cifar100lt", 10, [], 0.5),
+    ("lsun5", 100, [], 10), ("inat2019", 50, [], 0.5), ("cifar10lt", 100, ["--conditioning", "cgan"], 0),
+    ("cifar10lt", 100, ["--reg-weight", "3"], 3),
+])  # fmt: skip
+def test_lambda_follows_the_imbalance_of_the_data(recipe, rho, flags, expected, tiny, tmp_path):
+    """Table 5 by what the data are: a folder has no --rho to say so."""
+    small = ["--architecture", "sndcgan", "--image-size", "16", "--conditioning", "none", "--no-generator-spectral-norm"]
+    run = [*tiny, "--rho", str(rho), "--recipe", recipe, *small, *flags, "--steps", "1", "--run-dir", str(tmp_path)]
+    cbgan.main(run)
+    assert state_of(tmp_path)["settings"]["reg_weight"] == expected
 
 
 def test_run_directory_says_what_differs():
@@ -753,6 +806,11 @@ def test_another_classifier_under_the_same_name_is_refused(tiny, judges, tmp_pat
     torch.save(checkpoint, path)
     with pytest.raises(InputError, match="another classifier in its loop"):
         cbgan.main([*run, "--steps", "5"])
+    cbgan.main([*run, "--reg-weight", "0", "--run-dir", str(tmp_path / "without")])
+    checkpoint["weights"]["head.bias"] += 1
+    torch.save(checkpoint, path)
+    cbgan.main([*run, "--reg-weight", "0", "--run-dir", str(tmp_path / "without"), "--steps", "5"])  # it only looks on there
+    assert state_of(tmp_path / "without")["step"] == 5
 
 
 def test_a_damaged_checkpoint_is_kept_and_named(tiny, tmp_path):
