@@ -608,7 +608,7 @@ def main(argv=None):
                   "diverges and is not able to produce meaningful results\" (§4.4)", file=sys.stderr, flush=True)
     classifier_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
     if state and state["classifier"] != classifier_hash:
-        fail(f"{run_dir} holds a run with another classifier in its loop than {C.info['path']} is now")
+        fail(f"{run_dir} holds a run with another classifier in its loop than {C.info['path']}; choose another --run-dir")
     # The annotator, which counts the classes in the samples: a classifier that learnt from balanced data, and not C.
     annotator = args.annotator or (args.features or "").removeprefix("classifier:")
     if Path(annotator).is_file():

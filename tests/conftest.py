@@ -15,6 +15,16 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
+def judge_dir(tmp_path_factory):
+    """A data directory with the judge of the shapes, trained once for all tests: a quarter of a minute."""
+    from classifier import frozen_classifier
+
+    where = tmp_path_factory.mktemp("data")
+    frozen_classifier("shapeslt", where, split="reference", seed=3)
+    return where
+
+
+@pytest.fixture(scope="session")
 def run_script():
     """run_script("cbdm.py", "--steps", 3, cwd=...) -> CompletedProcess with text output."""
 

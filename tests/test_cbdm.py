@@ -549,8 +549,9 @@ def test_each_option_of_the_method_trains(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_whole_run_leaves_everything_it_promises(tmp_path, run_script):
-    small = [*TINY[:-4], "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2"]
+def test_a_whole_run_leaves_everything_it_promises(tmp_path, run_script, judge_dir):
+    small = [*TINY[:-4], "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2",
+             "--data-dir", str(judge_dir)]
     done = run_script("cbdm.py", *small, "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

@@ -463,8 +463,8 @@ def test_how_often_a_run_is_tested(tmp_path, monkeypatch):
 # The judge of the shapes data
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+def data_dir(judge_dir):
+    return judge_dir
 
 
 @pytest.fixture(scope="module")
