@@ -452,6 +452,7 @@ def load_checkpoint(path, device):
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
 
 
+# same in: cbgan.py
 def check_same_run(args, found, run_dir):
     """Raises InputError, naming the flags, if the run in this directory has other settings."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}

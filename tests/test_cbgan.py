@@ -650,7 +650,7 @@ def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_p
         assert sorted(samples) == ["images", "labels"] and (np.bincount(samples["labels"]) == 3).all()
 
 
-def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny, judges, tmp_path):
+def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny, judges, tmp_path, capsys):
     measured, seeds = [], []
     latents, distance = cbgan.latents, metrics.load_reference
     monkeypatch.setattr(cbgan, "latents", lambda n, kind, seed: seeds.append((kind, seed)) or latents(n, kind, seed))
@@ -661,6 +661,9 @@ def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny,
     choice, score = measured
     assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [(cbgan.MONITOR, 0), (cbgan.FINAL, 0)]
     assert not torch.equal(latents(9, cbgan.MONITOR, 0)[0], latents(9, cbgan.FINAL, 0)[0])
+    assert "have chosen them" not in capsys.readouterr().err
+    cbgan.main([*run, "--eval-only", "--reference", "test"])
+    assert "test images that score these weights have chosen them" in capsys.readouterr().err
 
 
 def hash_of(image):
