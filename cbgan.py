@@ -17,7 +17,8 @@ generator's loss (Eq. 7) asks for batches spread over all classes, the more for 
 `--classifier runs/.../classifier.pt` is a checkpoint of classifier.py (Fig. 5: trained with another --rho; iNaturalist: with
 --loss ce); without it the one that is needed is trained first. The README has a command for each row of each table. Each
 command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number of threads.
-Cost, on two cores of an AMD EPYC: shapeslt TIMED; cifar10lt 0.67 s a step of 64 images (never run in full).
+Cost, on two cores of an AMD EPYC: shapeslt 5 minutes 44 seconds, classifiers, training (4:30) and scores; cifar10lt 0.67 s a
+step of 64 images, never run in full.
 To aim at (P, Table 1, CIFAR-10, rho 100): FID 36.97 without and 32.93 with the regulariser, KL to uniform 0.31 and 0.06. Its
 FIDs are in the features of --features inception-fid, over the 10,000 test images.
 
@@ -38,7 +39,8 @@ weights (EMA). Where we differ, and why:
   * The weights that came closest in FID are chosen with other noise and other real images than those of the final score; P
     and A choose and score with the same real images.
   * The final batch norm of the residual generator is unconditional, as in A; P says that iNaturalist's are all conditional.
-  * bfloat16 where the hardware has it (`--amp off` for float32), fused Adam, real and fake in one pass of D.
+  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp off`: float32), fused
+    Adam, real and fake in one pass of D.
 Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50), LSUN's and iNaturalist's
 downloads (folder:PATH takes the images; the classifiers see the GAN's size, where P shows iNaturalist's at 224 pixels).
 """
@@ -72,7 +74,7 @@ from datasets import InputError, atomic_write, environment, fail, pick_device, r
 CIFAR10LT = dict(
     conditioning="none", rho=100, image_size=32, flip=False,  # P §4; A
     architecture="sndcgan", width=64, discriminator_width=64, slope=0.1, generator_spectral_norm=False,  # T6, T7; slope: A
-    alpha=0.5, beta=1.0, cycle=2_000,  # P §3.1, T10
+    alpha=0.5, beta=1.0, cycle=2_000,  # P §3.1, T10, §4
     steps=100_000, batch_size=256, lr=2e-4, beta1=0.5, beta2=0.999,  # P §4, T10
     ema=0.9999, ema_start=20_000,  # T10
     monitor_every=2_000, monitor_images=10_000,  # P, appendix 6.4
@@ -88,21 +90,21 @@ RECIPES = {
     # T12, appendix 6.5.2
     "inat2019": LSUN5 | dict(
         conditioning="inverse", alpha=0.005, beta=0.005, cycle=1, steps=200_000, generator_spectral_norm=True),
-    # Ours: the paper's networks, narrowed, for two CPU cores and a few minutes.
+    # Ours: the paper's networks, one level less, the generator narrowed, for two CPU cores and a few minutes.
     "shapeslt": CIFAR10LT | dict(
         image_size=16, flip=True, width=32, discriminator_width=64, cycle=100, steps=3_000, batch_size=32, lr=1e-3, beta1=0.0,
         beta2=0.99, ema=0.995, ema_start=100, monitor_images=0, eval_images=10_000, reference="reference", sample_every=500,
         save_every=500),
 }
-# lambda by the imbalance of the data; the nearest counts. T5; T12. T5 has 20, 7.5 and 5 for LSUN, with P's weights; A, whose
-# weights sum to K, has what stands here.
+# lambda by the imbalance of the data; the nearest counts. T5; T12. For LSUN A's, whose weights sum to K; with --weighting paper
+# give T5's: --reg-weight 20, 7.5 or 5. CHOICE for Fig. 3, where P has none: that of balanced CIFAR-10, 5.
 LAMBDA = {"cifar10lt": {100: 10.0, 10: 7.5, 1: 5.0}, "cifar100lt": {10: 0.5}, "lsun5": {100: 10.0, 10: 7.5, 1: 2.5},
           "inat2019": {1: 0.5}, "shapeslt": {1: 2.0}}  # fmt: skip
 
 # How labels come in. The first is the method of the paper; LABELLED are its baselines.
 #   none        no labels at all
 #   inverse     G is given random labels, drawn in proportion to 1 / N_k, D none (iNaturalist)
-#   uniform     the same, each class equally likely: with --reg-weight 0 Table 4's SNResGAN, without the ablation of 6.5.2
+#   uniform     the same, each class equally likely: the ablation of 6.5.2 (FID 11.58); with --reg-weight 0 Table 4's SNResGAN
 #   acgan       G with conditional batch norm, a class head in D     cgan      the same G, a projection in D
 #   pretrained  the same G, D none; the classifier in the loop in the place of ACGAN's class head (§4.2)
 LABELLED = ("acgan", "cgan", "pretrained")
@@ -144,7 +146,7 @@ def parse_settings(argv=None):
                        help="none: the method; see the top of the settings in the script")
     group.add_argument("--classifier", metavar="PATH", help="the classifier in the loop; default: one trained first")
     group.add_argument("--reg-weight", type=float, metavar="LAMBDA",
-                       help="default: Table 5's for the imbalance of the data; 0 for acgan, cgan, pretrained")
+                       help="default: by the imbalance of the data, see LAMBDA in the script; 0 for acgan, cgan, pretrained")
     group.add_argument("--weighting", choices=("sum-to-K", "paper"), default="sum-to-K",
                        help="sum-to-K: A, bounded; paper: 1 / N_k, Eq. 7")
     group.add_argument("--alpha", type=float, help="forgetting factor, Eq. 5")
@@ -193,7 +195,7 @@ def parse_settings(argv=None):
     if args.run_dir is None:
         unnamed = FREE - {"steps"} | {"dataset", "seed"}  # another length gets another directory, unless --run-dir is given
         differs = [f"{k.replace('_', '')}{v}" for k, v in vars(args).items()
-                   if k not in unnamed and v != parser.get_default(k)]
+                   if k not in unnamed and (v != parser.get_default(k) or (k == "recipe" and first.recipe))]
         differs = "".join(f"-{d}" for d in differs).replace("/", "_").replace(" ", "")
         args.run_dir = f"runs/cbgan-{args.dataset.replace('/', '_').replace(':', '_')}{differs}-s{args.seed}"
     return args
@@ -565,14 +567,15 @@ def state_pairs(average, network):
 
 
 def other_images(args):
-    """(split, ImageSet) of real images that are not those of the final score; (None, None) where there are no others."""
+    """(split, ImageSet) of balanced real images that are not those of the final score; (None, None) where there are none."""
     scored = datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho).images
     for split in ("reference", "test", "train"):
         try:
             real = datasets.load(args.dataset, args.data_dir, split, args.image_size, args.rho)
         except InputError:  # a folder without this split
             continue
-        if real.images.shape != scored.shape or not torch.equal(real.images, scored):
+        balanced = real.counts.max() == real.counts.min()  # a distance to long-tailed images would choose against the method
+        if balanced and not torch.equal(real.images, scored):
             return split, real
     return None, None
 
@@ -588,6 +591,10 @@ def main(argv=None):
         imbalance = (train.counts.max() / train.counts.min()).item()
         nearest = min(LAMBDA[args.recipe], key=lambda rho: abs(math.log(rho / imbalance)))
         args.reg_weight = 0.0 if labelled else LAMBDA[args.recipe][nearest]
+    # A setting like others: a run does not go on with a folder that has changed.
+    args.training_data = train.fingerprint
+    if args.force_frequency and not args.reg_weight:
+        fail("--force-frequency says how frequent the regulariser takes class 0 to be; lambda is 0 here")
     if args.reg_weight and K < 3:
         fail(f"{args.dataset} has {K} classes: the regulariser balances 3 or more (Proposition 1); --reg-weight 0 goes without")
     checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
@@ -601,18 +608,19 @@ def main(argv=None):
     C, in_loss = None, bool(args.reg_weight) or args.conditioning == "pretrained"
     if in_loss or args.conditioning not in ("acgan", "cgan"):
         C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size, args.rho, device=device)
-        right = C.info["test_accuracy"]
+        right, rarest = C.info["test_accuracy"], int(datasets.head_to_tail(train.counts)[-1])
         shown = ", ".join(f"{name} {share:.1%}" for name, share in right.items() if share is not None)
         print(f"classifier in the loop: {C.info['path']}, test images right: {shown}", flush=True)
-        if args.reg_weight and right["tail"] < 0.05:
-            print("warning: the classifier can hardly tell the tail. Where its performance is 0 there, the paper's \"algorithm "
-                  "diverges and is not able to produce meaningful results\" (§4.4)", file=sys.stderr, flush=True)
+        if args.reg_weight and min(right["tail"], C.info["per_class_accuracy"][rarest]) < 0.05:
+            print("warning: the classifier can hardly tell the tail. With one whose performance is 0 on the rarest class, the "
+                  "paper's \"algorithm diverges and is not able to produce meaningful results\" (§4.4)", file=sys.stderr)
     classifier_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
     if state and state["classifier"] != classifier_hash:
         fail(f"{run_dir} holds a run with another classifier in its loop than {C.info['path']}; choose another --run-dir")
     # The annotator, which counts the classes in the samples: a classifier that learnt from balanced data, and not C.
-    annotator = args.annotator or (args.features or "").removeprefix("classifier:")
-    if Path(annotator).is_file():
+    features = args.features or ""
+    annotator = args.annotator or (features.removeprefix("classifier:") if features.startswith("classifier:") else None)
+    if annotator:
         if C is not None and Path(annotator).samefile(C.info["path"]):
             fail(f"{annotator} is the classifier in the loop; take another annotator")
         load_classifier(annotator, "cpu", train.classes, args.image_size)  # refused now rather than after days of training
@@ -696,7 +704,8 @@ def main(argv=None):
         except InputError as error:  # no weights for the features, and no network to get them
             print(f"warning: the distance is not monitored: {error}", file=sys.stderr, flush=True)
         if not real:
-            print("warning: the distance is not monitored: no real images but the final score's", file=sys.stderr, flush=True)
+            print("warning: the distance is not monitored: there are no balanced images but those of the final score",
+                  file=sys.stderr, flush=True)
         if ruler and best.get("ruler", [args.features, split]) != [args.features, split]:
             best = {}  # chosen by another distance
 
@@ -759,7 +768,7 @@ def main(argv=None):
                 loss = L_G = relativistic_loss(D_fake, D_real)  # Eq. 3
                 if args.reg_weight:
                     L_reg = class_balancing_regulariser(seen.softmax(1).mean(0), w)  # Eq. 7
-                    loss = loss + args.reg_weight * L_reg  # Eq. 17
+                    loss = loss + args.reg_weight * L_reg  # Eq. 17; the 1 / K of appendix 6.4.1 is in w
                 if args.conditioning == "acgan":
                     L_G_class = F.cross_entropy(logits, y_fake)  # weight 1: A
                 elif args.conditioning == "pretrained":
@@ -831,7 +840,9 @@ def main(argv=None):
         if use_best:
             ema.load_state_dict(best["ema"])
             scored, N = best["step"], best["N"]
-            if best["ruler"][1] == args.reference:
+            sets = [datasets.load(args.dataset, args.data_dir, split, args.image_size, args.rho).images
+                    for split in (best["ruler"][1], args.reference)]  # fmt: skip
+            if torch.equal(*sets):  # a folder's reference may be its test split
                 print(f"warning: the {args.reference} images that score these weights have chosen them", file=sys.stderr)
         z, generator = latents(args.eval_images, FINAL, args.sample_seed)
         y = (torch.arange(len(z)) % K).sort().values if labelled else draw_labels(len(z), N, args.conditioning, generator)
@@ -844,9 +855,11 @@ def main(argv=None):
         with atomic_write(where / "samples.npz") as file:
             np.savez(file, **arrays)
 
-        if not Path(annotator).is_file():
+        if not annotator:
             judge = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size, device=device)
             annotator = judge.info["path"]
+            if C is not None and Path(annotator).samefile(C.info["path"]):
+                print("warning: the annotator is the classifier in the loop", file=sys.stderr)
         judge = load_classifier(annotator, device, train.classes, args.image_size)
         seen, certainty = predict(judge, images)
         views |= {"annotator": seen, "certain": seen[certainty > CERTAIN]}
@@ -855,8 +868,9 @@ def main(argv=None):
         shares = [{f"share_{name}": (view == k).double().mean().item() for name, view in views.items()} for k in range(K)]
         shown = order if K <= 20 else torch.cat([order[:10], order[-10:]])
         which = "each class" if K <= 20 else "ten classes of the head and ten of the tail"
+        known = "test images" if judge.info["tested_on_unseen_images"] else "images that it learnt from"
         print(f"{len(images)} samples of step {scored}: share of {which} as the annotator {annotator} sees it (right on "
-              f"{judge.info['test_accuracy']['all']:.1%} of the test images)")
+              f"{judge.info['test_accuracy']['all']:.1%} of the {known})")
         table = {train.classes[k]: shares[k] for k in shown}
         table["KL to uniform"] = {f"share_{name}": kl[f"kl_{name}"] for name in views}
         print(*metrics.text_table(table, {f"share_{name}": name for name in views}), sep="\n", flush=True)

@@ -40,7 +40,6 @@ Deviations from CBGAN and from LDAM-DRW
 import argparse
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
@@ -491,13 +490,15 @@ def ask_to_stop():
             signal.signal(number, previous)
 
 
-def save_classifier(path, network, dataset, split, classes, image_size, settings, test_accuracy, per_class_accuracy=()):
+def save_classifier(path, network, dataset, split, classes, image_size, settings, test_accuracy, per_class_accuracy=(),
+                    unseen=True):
     """Write all that `load_classifier` needs to `path`, in one piece or not at all."""
     checkpoint = {
         "dataset": dataset, "split": split,
         "classes": [str(name) for name in classes],  # they may be NumPy's strings, which weights_only would not load
         "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"],
         "test_accuracy": test_accuracy, "per_class_accuracy": list(per_class_accuracy),
+        "tested_on_unseen_images": unseen,
         "network": next(name for name, kind in NETWORKS.items() if isinstance(network, kind)),
         "weights": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
     }
@@ -566,6 +567,10 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
         if shapes_judge:
             path = Path(data_dir) / f"classifier-shapes-{size}.pt"
             args.run_dir = str(path.with_suffix(""))
+        if path.is_file() and dataset.startswith("folder:"):
+            found = load_classifier(path, "cpu").info["settings"]["training_data"]
+            if found != datasets.load(dataset, data_dir, split, size).fingerprint:
+                fail(f"{path} has learnt from other images of {dataset} than there are now; move its directory away")
         if not path.is_file():
             print(f"Training the classifier {path} first.", flush=True)
             train(args, path)
@@ -607,9 +612,8 @@ def train(args, path=None):
     train_set, test_set, train_counts = load_data(args, device)
     complete(args, len(train_set.labels), test_set.images.shape[-1])
     # A setting like others: a run does not go on with a folder that has changed, or with other samples of the same name.
-    learnt_from = hashlib.sha256(train_set.images.numpy().tobytes() + train_set.labels.numpy().tobytes()).hexdigest()
-    args.training_data = learnt_from[:16]
-    unseen = hashlib.sha256(test_set.images.numpy().tobytes() + test_set.labels.numpy().tobytes()).hexdigest() != learnt_from
+    args.training_data = train_set.fingerprint
+    unseen = test_set.fingerprint != args.training_data
     run_dir, epochs, B, classes = Path(args.run_dir), args.epochs, args.batch_size, train_set.classes
     path = path or run_dir / "classifier.pt"
 
@@ -721,7 +725,7 @@ def train(args, path=None):
     write_results(args, run_dir, train_set, test_set, train_counts, tested, best, unseen)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     save_classifier(path, network, args.dataset, args.source, classes, args.image_size, settings,
-                    tested["test_accuracy"], tested["per_class_accuracy"])  # fmt: skip
+                    tested["test_accuracy"], tested["per_class_accuracy"], unseen)  # fmt: skip
     print(f"wrote {path}")
     return path
 

@@ -71,6 +71,11 @@ class ImageSet:
         """(K,) int64 tensor, images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes))
 
+    @property
+    def fingerprint(self):
+        """16 hexadecimal digits that tell these images and labels from others."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
+
 
 @contextlib.contextmanager
 def atomic_write(path):
