@@ -520,6 +520,8 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
         with torch.random.fork_rng(devices=[]):  # building it draws weights; the caller's random state is left alone
             network = NETWORKS[info["network"]](len(info["classes"]), **info["normalisation"])
         network.load_state_dict(info.pop("weights"))
+        if missing := {"test_accuracy", "per_class_accuracy", "tested_on_unseen_images"} - info.keys():
+            raise KeyError(*missing)  # of an older version
         made_for = f"{path} is for {info['dataset']} ({len(info['classes'])} classes, {info['image_size']} pixels)"
     except Exception as error:  # a damaged or foreign file: zip, pickle, a missing key, another network's weights ...
         what = type(error).__name__

@@ -552,7 +552,8 @@ def test_checkpoint_round_trip(tmp_path):
     assert again.info["network"] == "resnet32" and again.info["per_class_accuracy"] == [0.5, 0.25, 0.75]
 
 
-@pytest.mark.parametrize("content", ["missing", "text", "cut short", "another dict", "a list", "another network"])
+@pytest.mark.parametrize("content", ["missing", "text", "cut short", "another dict", "a list", "another network",
+                                     "an older version"])  # fmt: skip
 def test_what_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "c.pt"
     save_classifier(path, ResNet32(3, **HALF), "toy", "train", ["a", "b", "c"], 8, {"normalisation": HALF}, {"all": 0.5})
@@ -566,6 +567,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
         torch.save({"model": {}}, path)
     elif content == "a list":
         torch.save([1, 2], path)
+    elif content == "an older version":
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["per_class_accuracy"]
+        torch.save(checkpoint, path)
     elif content == "another network":
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["weights"].pop("conv.weight")
