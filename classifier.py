@@ -68,7 +68,7 @@ IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.22
 
 # LDAM-DRW, cifar_train.py.
 PAPER_RECIPE = dict(epochs=200, batch_size=128, lr=0.1, schedule="steps", flip=True, weight_decay=2e-4, save_every=1)
-# CHOICE (ours): 98.8 to 99.8 % by seed and number of threads. Few images are seen, so batches are small: of 64 they end at 96 %.
+# CHOICE (ours): 98.8 to 99.8 % by seed and threads. Few images are seen, so batches are small: of 64 they end at 96 %.
 SHAPES_RECIPE = PAPER_RECIPE | dict(batch_size=32, lr=0.05, schedule="cosine", flip=False)
 SHAPES_IMAGES_SEEN = 12_000  # 3 epochs of the reference split
 # 8 epochs of shapeslt. Right in the tail third with seeds 0, 1, 2, %: focal + DRW 86, 97, 98; cross-entropy 87, 92, 91.
