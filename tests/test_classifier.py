@@ -55,6 +55,11 @@ def shapes_samples(path, n=40, size=8, **arrays):
     return path
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
 def settled(network):
     """A network whose batch norms have seen something, so that eval mode is not the identity at every layer."""
     network.train()
