@@ -472,7 +472,7 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-# same in: classifier.py, cbgan.py
+# same in: classifier.py, cbgan.py, softlabel_gan.py
 def load_checkpoint(path, device):
     """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
     if not Path(path).is_file():
@@ -494,7 +494,7 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-# same in: classifier.py, cbgan.py
+# same in: classifier.py, cbgan.py, softlabel_gan.py
 def trim_log(path, step):
     """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
     if path.exists():
@@ -522,7 +522,7 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-# same in: cbgan.py
+# same in: cbgan.py, softlabel_gan.py
 def write_grid(path, images, columns):
     """(N, 3, H, W) uint8 as a PNG, row by row; small images are enlarged to about 64 pixels."""
     from PIL import Image

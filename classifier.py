@@ -6,6 +6,7 @@ it): SGD, 200 epochs, steps at 160 and 180, random crops and flips; the loss wei
 
     python classifier.py --dataset cifar10lt --rho 100           # what a GAN on cifar10lt keeps in its loop
     python classifier.py --dataset cifar100 --split reference    # a judge: trained on all of the balanced data
+    python classifier.py --dataset cifar10imb --soft-labels      # what Softlabel-GAN takes its labels from
     python classifier.py --dataset cifar10lt --label-fraction 0.001    # 5 labels a class: CBGAN's semi-supervised row
     python classifier.py --dataset cifar10lt --train-on runs/<a GAN's run>/samples.npz    # classifier accuracy score
     python metrics.py samples.npz --dataset cifar100lt --features classifier:runs/<that run>/classifier.pt
@@ -78,8 +79,15 @@ SHAPES_IMAGES_IN_THE_LOOP = 19_000
 # here (BiT repeats images to fill a batch), no weight decay.
 FEW_LABELS_RECIPE = PAPER_RECIPE | dict(batch_size=512, lr=0.003, schedule="bit", weight_decay=0.0, save_every=50)
 FEW_LABELS_STEPS = 500
+# Softlabel-GAN: §4.3 gives the head and the weight of the entropy, nothing else. Up to 32 pixels ours; above, the official
+# script for Stanford Cars: its rate falls to a tenth every 7 epochs. It turns images by up to 15 degrees; we do not.
+HELD_OUT, PATIENCE = 0.1, 15  # CHOICE; see `held_out`. Epochs without a smaller held-out loss, after which training stops
+SOFT_LABELS = dict(head="spinal", entropy_weight=0.3, hold_out=HELD_OUT)
+SOFT_RECIPE = PAPER_RECIPE | SOFT_LABELS | dict(epochs=60, batch_size=64, schedule="cosine")
+SOFT_LARGE_RECIPE = SOFT_RECIPE | dict(network="wide_resnet101_2", pretrained=True, normalisation=IMAGENET_STATISTICS,
+                                       epochs=25, batch_size=8, lr=0.001, schedule="sevens", weight_decay=0.0)  # fmt: skip
 MOMENTUM = 0.9  # LDAM-DRW, BiT. The decay acts on every parameter, batch norm included (LDAM-DRW)
-TESTS = {"resnet32": 20, "resnet50": 5}  # how often a run is tested on its way; fewer where a test costs minutes on a CPU
+TESTS = {"resnet32": 20, "resnet50": 5, "wide_resnet101_2": 5}  # how often on the way
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "save_every", "train_on", "label_with"}  # training_data says what was learnt from
@@ -99,10 +107,20 @@ def parse_settings(argv=None):
     group.add_argument("--image-size", type=int, help="pixels a side (default: the data set's own)")
     group.add_argument("--label-fraction", type=float, metavar="F", help="fine-tune a ResNet-50 that knows ImageNet on F "
                        "times as many labelled images as the balanced training set has; CBGAN, Table 3: 0.001")
+    group.add_argument("--soft-labels", action="store_true", help="the classifier of Softlabel-GAN: SpinalNet head, entropy "
+                       "rewarded, stopped early; the next three change that")
+    group.add_argument("--head", choices=["linear", "spinal"], help="linear: the paper's ResNet alternative")
+    group.add_argument("--entropy-weight", type=float, metavar="W", help="loss: cross-entropy - W entropy (default: 0.3)")
+    group.add_argument("--hold-out", type=float, metavar="F", help="share of each class that early stopping watches; 0: do "
+                       f"without (default: {HELD_OUT})")
     group.add_argument("--train-on", metavar="NPZ", help="learn from generated images, test on real ones: the classifier "
                        "accuracy score of Ravuri & Vinyals 2019, column Acc. of CBGAN's Table 1")
     group.add_argument("--label-with", metavar="CLASSIFIER.pt", help="with --train-on: who labels the generated images "
                        "(default: the file itself)")
+    group.add_argument("--network", choices=NETWORKS, help="default: resnet32; few labels: resnet50; soft labels above 32 "
+                       "pixels: wide_resnet101_2")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
+                       help="start from ImageNet's weights; default: the two of torchvision do")
     group = parser.add_argument_group("training; defaults are LDAM-DRW's, BiT's for few labels, and our own for shapes")
     group.add_argument("--loss", choices=["ce", "focal"], help="focal: default for --split train, as in CBGAN's configs")
     group.add_argument("--drw", action=argparse.BooleanOptionalAction,
@@ -111,8 +129,9 @@ def parse_settings(argv=None):
                        help="default: 200; shapes: 12,000 images in all, 19,000 for a loop; few labels: 500 steps")
     group.add_argument("--batch-size", type=int, help="default: 128; shapes: 32; few labels: 512")
     group.add_argument("--lr", type=float, help="highest learning rate (default: 0.1; shapes: 0.05; few labels: 0.003)")
-    group.add_argument("--schedule", choices=["steps", "cosine", "bit"],
-                       help="steps: down at 80 and 90 %% of the epochs; cosine: for shapes; bit: for few labels")
+    group.add_argument("--schedule", choices=["steps", "cosine", "bit", "sevens"],
+                       help="steps: down at 80 and 90 %% of the epochs; cosine: for shapes and soft labels; bit: for few "
+                       "labels; sevens: soft labels above 32 pixels")
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops (default: 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--run-dir", help="default: runs/classifier-<data>-<what differs from the default>-s<seed>, "
@@ -132,7 +151,13 @@ def parse_settings(argv=None):
     if not 0 <= args.seed < 2**63:
         fail(f"--seed is {args.seed}; it must be 0 or more, and below 2**63")
     sources = [name for name, given in (("--split reference", args.split == "reference"), ("--train-on", args.train_on),
-                                        ("--label-fraction", args.label_fraction)) if given]  # fmt: skip
+                                        ("--label-fraction", args.label_fraction),
+                                        ("--soft-labels", args.soft_labels)) if given]  # fmt: skip
+    for name, most in (("entropy_weight", math.inf), ("hold_out", 1)):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < most:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more, and below {most}")
+    if args.entropy_weight and args.loss == "focal":
+        fail("--entropy-weight goes with --loss ce")
     args.source = "samples" if args.train_on else "few labels" if args.label_fraction else args.split
     if len(sources) > 1:
         fail(f"{' and '.join(sources)} each say what to learn from; choose one")
@@ -144,18 +169,22 @@ def parse_settings(argv=None):
 def recipe_for(args, num_images, image_size):
     """Training settings for `num_images` training images: a fresh dict of plain values."""
     shapes, in_the_loop = args.dataset.startswith("shapes"), not (args.split == "reference" or args.train_on)
-    recipe = {"network": "resnet32", "loss": "ce", "drw": False, "normalisation": CENTRED}
+    recipe = {"network": "resnet32", "pretrained": False, "head": "linear", "entropy_weight": 0.0, "hold_out": 0.0,
+              "loss": "ce", "drw": False, "normalisation": CENTRED}  # fmt: skip
     if args.label_fraction:
         steps = math.ceil(num_images / (args.batch_size or FEW_LABELS_RECIPE["batch_size"]))  # an epoch
-        recipe |= {"network": "resnet50", "normalisation": IMAGENET_STATISTICS, **FEW_LABELS_RECIPE}
+        recipe |= {"network": "resnet50", "pretrained": True, "normalisation": IMAGENET_STATISTICS, **FEW_LABELS_RECIPE}
         return recipe | {"epochs": math.ceil(FEW_LABELS_STEPS / steps), "crop_padding": image_size // 8}
-    if in_the_loop:
+    if in_the_loop and not args.soft_labels:
         recipe |= {"loss": "focal", "drw": True}
     if shapes:
         seen = SHAPES_IMAGES_IN_THE_LOOP if in_the_loop else SHAPES_IMAGES_SEEN
-        return recipe | SHAPES_RECIPE | {"epochs": math.ceil(seen / num_images), "crop_padding": 1}
+        recipe |= SHAPES_RECIPE | (SOFT_LABELS if args.soft_labels else {})
+        return recipe | {"epochs": math.ceil(seen / num_images), "crop_padding": 1}
     if args.dataset.startswith("cifar"):
         recipe |= {"normalisation": CIFAR_STATISTICS}
+    if args.soft_labels:
+        return recipe | (SOFT_RECIPE if image_size <= 32 else SOFT_LARGE_RECIPE) | {"crop_padding": image_size // 8}
     return recipe | PAPER_RECIPE | {"crop_padding": image_size // 8}  # LDAM-DRW: 4 at 32 pixels
 
 
@@ -177,7 +206,7 @@ def complete(args, num_images, image_size):
 
 def balanced(dataset):
     """The data set that a long-tailed one was cut from; of a folder nothing is known."""
-    return dataset if dataset.startswith("folder:") else dataset.removesuffix("lt").removesuffix("imb")
+    return dataset if dataset.startswith("folder:") else dataset.removesuffix("lt").partition("imb")[0]
 
 
 def run_name(args, changed=()):
@@ -187,6 +216,7 @@ def run_name(args, changed=()):
     parts += [f"rho{args.rho:g}"] if args.dataset in datasets.LONG_TAILED else []
     parts += [args.split] if args.split != "train" else []
     parts += [f"labels{args.label_fraction:g}"] if args.label_fraction else []
+    parts += ["soft"] if args.soft_labels else []
     return "-".join([*parts, *changed, f"s{args.seed}"])
 
 
@@ -218,9 +248,78 @@ def focal_loss(logits, labels, weight, gamma=1):
     return ((1 - torch.exp(-l)) ** gamma * l).mean()
 
 
+def entropy_rewarded_loss(logits, labels, w=0.3):
+    """Softlabel-GAN, §4.3: L_C = CE(C(x), y) - w H(softmax C(x)), H(p) = -sum_c p_c log p_c. Scalar.
+
+    logits (B, K), labels (B,). The sign: the paper says "entropy regularization term" and no more; the official scripts take
+    w times the entropy off the loss, so a certain classifier pays. Of an image that it knows by heart the best label is
+    the same whatever is in the image: p* on its class, (1 - p*) / (K - 1) on all others, with
+    1 / p* = w log((K - 1) p* / (1 - p*)); w = 0.3: p* = .849 for K = 10, .643 for K = 100. A classifier trained to the end
+    gives plain label smoothing; what makes its labels worth more is that it stops early.
+    """
+    log_p = logits.log_softmax(1)
+    return F.nll_loss(log_p, labels) + w * (log_p.exp() * log_p).sum(1).mean()
+
+
+def describe_labels(y, labels):
+    """What the labels y (N, K), distributions over the classes, of images of the classes labels (N,) are like: a dict.
+
+    max_probability     mean of the largest
+    entropy             mean, natural logarithm
+    off_class_mass      mean of the probability that is not on the image's own class
+    off_class_distance  total variation distance of that part from the uniform distribution, 0 to 1; 0: plain smoothing, a
+                        classifier that says nothing of the image. Mean, weighted by the part; None without any
+    """
+    y, own = y.double(), F.one_hot(labels, y.shape[1]).bool()
+    off = y.masked_fill(own, 0)
+    mass = off.sum(1, keepdim=True)
+    moved = (off - (mass / (y.shape[1] - 1)).masked_fill(own, 0)).abs().sum() / 2
+    return {"max_probability": y.amax(1).mean().item(), "entropy": -torch.special.xlogy(y, y).sum(1).mean().item(),
+            "off_class_mass": mass.mean().item(), "off_class_distance": (moved / mass.sum()).item() if mass.sum() > 0 else None}
+
+
+COLLAPSED = 0.1, 0.01  # CHOICE: off_class_distance, off_class_mass below which labels lend no images
+
+
+def warn_of_collapse(facts, K):
+    """Says on stderr when labels, as described by `describe_labels`, are no more than smoothed or one-hot ones."""
+    distance, mass = COLLAPSED
+    if facts["off_class_mass"] < mass:
+        print(f"warning: the labels are all but one-hot ({facts['off_class_mass']:.2%} off the class): classes lend each other "
+              "nothing; a larger --entropy-weight or fewer --epochs would", file=sys.stderr, flush=True)
+    elif K > 2 and facts["off_class_distance"] < distance:
+        print("warning: the labels have collapsed into plain smoothing (off-class distance "
+              f"{facts['off_class_distance']:.3f}): the classifier knows its images by heart; try fewer --epochs",
+              file=sys.stderr, flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks
 # ----------------------------------------------------------------------------------------------------------------------
+class SpinalHead(nn.Module):
+    """(B, D) -> (B, K): SpinalNet (Kabir et al. 2020, arXiv:2007.03347) as Softlabel-GAN's official scripts have it.
+
+    Four layers of the width `w` see the halves of the features in turn, and each what the one before made of the other half;
+    the last layer sees all four. No dropout.
+    """
+
+    def __init__(self, features, num_classes):
+        super().__init__()
+        half, w = features // 2, max(20, num_classes)  # w: K in A's scripts (102, 196). CHOICE: 20 at least, as for CIFAR-10
+        self.layers = nn.ModuleList([nn.Linear(half, w)] + [nn.Linear(half + w, w) for _ in range(3)])
+        self.out = nn.Linear(4 * w, num_classes)
+
+    def forward(self, x):
+        halves, seen = x.chunk(2, 1), []
+        for i, layer in enumerate(self.layers):
+            seen.append(F.relu(layer(torch.cat([halves[i % 2], *seen[-1:]], 1))))
+        return self.out(torch.cat(seen, 1))
+
+
+def build_head(kind, features, num_classes):
+    return SpinalHead(features, num_classes) if kind == "spinal" else nn.Linear(features, num_classes)
+
+
 class BasicBlock(nn.Module):
     """relu(BN conv relu BN conv x + shortcut x), with the shortcut that has no parameters (option A of He et al.)."""
 
@@ -246,7 +345,9 @@ class ResNet32(nn.Module):
     mean, std: three numbers each, of training pixels in [0, 1].
     """
 
-    def __init__(self, num_classes, mean, std):
+    name = "resnet32"
+
+    def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
         # Buffers travel with the weights. u = (x + 1) / 2 and (u - m) / s give (x - (2m - 1)) / (2s) for x in [-1, 1].
         self.register_buffer("mean", 2 * torch.tensor(mean).view(1, 3, 1, 1) - 1)
@@ -255,7 +356,7 @@ class ResNet32(nn.Module):
         self.norm = nn.BatchNorm2d(16)
         widths = [16] + [16] * 5 + [32] * 5 + [64] * 5  # 1 + 3 stages x 5 blocks x 2 + 1 = 32 layers
         self.blocks = nn.Sequential(*[BasicBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
-        self.head = nn.Linear(64, num_classes)
+        self.head = build_head(head, 64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)  # fan-in, as LDAM-DRW
@@ -276,21 +377,24 @@ class ResNet50(nn.Module):
     mean, std: three numbers each, of training pixels in [0, 1]. The weights are random; see `load_imagenet`.
     """
 
-    def __init__(self, num_classes, mean, std):
+    name, size = "resnet50", 128  # pixels
+
+    def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
-        from torchvision.models import resnet50  # here: it takes a second to import, and few runs need it
+        import torchvision.models  # here: it takes a second to import, and few runs need it
 
         self.register_buffer("mean", 2 * torch.tensor(mean).view(1, 3, 1, 1) - 1)
         self.register_buffer("std", 2 * torch.tensor(std).view(1, 3, 1, 1))
-        self.body = resnet50()
+        self.body = getattr(torchvision.models, self.name)()
         self.body.fc = nn.Identity()
-        self.head = nn.Linear(2048, num_classes)
-        nn.init.zeros_(self.head.weight)  # BiT
-        nn.init.zeros_(self.head.bias)
+        self.head = build_head(head, 2048, num_classes)
+        if head == "linear":
+            nn.init.zeros_(self.head.weight)  # BiT
+            nn.init.zeros_(self.head.bias)
 
     def features(self, x):
         """x (B, 3, H, W) in [-1, 1] -> (B, 2048) >= 0: the pooled activations that the head sees."""
-        x = F.interpolate((x - self.mean) / self.std, (128, 128), mode="bilinear", align_corners=False, antialias=True)
+        x = F.interpolate((x - self.mean) / self.std, (self.size,) * 2, mode="bilinear", align_corners=False, antialias=True)
         return self.body(x)
 
     def forward(self, x):
@@ -299,11 +403,11 @@ class ResNet50(nn.Module):
 
     def load_imagenet(self):
         """Puts the ImageNet weights of torch.hub's cache, or a download, into the body. Raises InputError."""
-        from torchvision.models import ResNet50_Weights
+        from torchvision.models import get_model_weights
 
         # CHOICE: the first of torchvision's two: cross-entropy alone, without label smoothing and mixup, which cost
         # features some of their use for other data (Kornblith et al. 2021, arXiv:2010.16402).
-        url = ResNet50_Weights.IMAGENET1K_V1.url
+        url = get_model_weights(self.name).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
         cached = path.exists()
         try:
@@ -318,7 +422,13 @@ class ResNet50(nn.Module):
             raise InputError(f"{path} does not hold the weights of {url}; delete it") from error
 
 
-NETWORKS = {"resnet32": ResNet32, "resnet50": ResNet50}
+class WideResNet101(ResNet50):
+    """torchvision's Wide-ResNet-101-2 behind a resize to 448 x 448, Softlabel-GAN's backbone (A)."""
+
+    name, size = "wide_resnet101_2", 448
+
+
+NETWORKS = {kind.name: kind for kind in (ResNet32, ResNet50, WideResNet101)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,7 +497,7 @@ def read_samples(args, test_set, device):
              "--image-size sets the latter")
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     if args.label_with:
-        labels = predict(load_classifier(args.label_with, device, test_set.classes, size), images, device).numpy()
+        labels = outputs(load_classifier(args.label_with, device, test_set.classes, size), images, device).argmax(1).numpy()
     if labels is None:
         fail(f"{path} holds neither labels nor predicted; --label-with CLASSIFIER.pt labels its images")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
@@ -396,6 +506,18 @@ def read_samples(args, test_set, device):
         fail(f"{path} has labels from {labels.min()} to {labels.max()}; {args.dataset} has the classes 0 to {K - 1}")
     labels = torch.from_numpy(labels.astype(np.int64))
     return ImageSet(images, labels, test_set.classes)
+
+
+def held_out(train_set, share):
+    """(ImageSet to learn from, ImageSet that early stopping watches): `share` of each class, one image at least if it has two.
+
+    Which ones is the same in every run. Why Softlabel-GAN's classifier has to stop early: `entropy_rewarded_loss`. Why not by
+    the test images: they are the reference that the samples are scored against.
+    """
+    n = [max(1, round(share * n_k)) if n_k > 1 else 0 for n_k in train_set.counts.tolist()]
+    out = torch.zeros(len(train_set.labels), dtype=torch.bool)
+    out[torch.from_numpy(datasets.subset(train_set.labels.numpy(), n, np.random.RandomState(0)))] = True
+    return tuple(ImageSet(train_set.images[i], train_set.labels[i], train_set.classes) for i in (~out, out))
 
 
 def augment(images, crop_padding, flip, generator):
@@ -414,9 +536,9 @@ def augment(images, crop_padding, flip, generator):
 # Testing
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def predict(network, images, device="cpu", batch_size=200):
-    """images (N, 3, H, W) uint8 -> (N,) int64 on the CPU, the class that an eval-mode network sees in each."""
-    return torch.cat([network(x.to(device) / 127.5 - 1).argmax(1) for x in images.split(batch_size)]).cpu()
+def outputs(network, images, device="cpu", batch_size=200):
+    """images (N, 3, H, W) uint8 -> logits (N, K) on the CPU of an eval-mode network."""
+    return torch.cat([network(x.to(device) / 127.5 - 1).cpu() for x in images.split(batch_size)])
 
 
 def accuracy(network, test_set, train_counts, device="cpu"):
@@ -425,7 +547,7 @@ def accuracy(network, test_set, train_counts, device="cpu"):
     Returns {"all", "head", "middle", "tail"}, thirds of the classes by `train_counts` (K,), the number of *training*
     images of each class; and the list of the K classes' shares. None where there are no test images.
     """
-    right = (predict(network, test_set.images, device) == test_set.labels).double()
+    right = (outputs(network, test_set.images, device).argmax(1) == test_set.labels).double()
     K = len(train_counts)
 
     def share(classes):
@@ -439,7 +561,7 @@ def accuracy(network, test_set, train_counts, device="cpu"):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-# same in: cbdm.py, cbgan.py
+# same in: cbdm.py, cbgan.py, softlabel_gan.py
 def load_checkpoint(path, device):
     """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
     if not Path(path).is_file():
@@ -451,7 +573,7 @@ def load_checkpoint(path, device):
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
 
 
-# same in: cbgan.py
+# same in: cbgan.py, softlabel_gan.py
 def check_same_run(args, found, run_dir):
     """Raises InputError, naming the flags, if the run in this directory has other settings."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -460,7 +582,7 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-# same in: cbdm.py, cbgan.py
+# same in: cbdm.py, cbgan.py, softlabel_gan.py
 def trim_log(path, step):
     """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
     if path.exists():
@@ -496,10 +618,10 @@ def save_classifier(path, network, dataset, split, classes, image_size, settings
     checkpoint = {
         "dataset": dataset, "split": split,
         "classes": [str(name) for name in classes],  # they may be NumPy's strings, which weights_only would not load
-        "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"],
+        "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"], "head": settings["head"],
         "test_accuracy": test_accuracy, "per_class_accuracy": list(per_class_accuracy),
         "tested_on_unseen_images": unseen,
-        "network": next(name for name, kind in NETWORKS.items() if isinstance(network, kind)),
+        "network": network.name,
         "weights": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
     }
     with atomic_write(path) as file:
@@ -507,7 +629,7 @@ def save_classifier(path, network, dataset, split, classes, image_size, settings
 
 
 def load_classifier(path, device="cpu", classes=None, image_size=None):
-    """A frozen eval-mode ResNet32 or ResNet50; its `.info` holds what the checkpoint says beside the weights, and its path.
+    """A frozen eval-mode network, one of NETWORKS; its `.info` holds what the checkpoint says beside the weights, and its path.
 
     classes, image_size: what the caller is going to show it, where that should be checked. Raises InputError, naming
     the file, where it is missing, damaged, no classifier, or made for other classes or another size.
@@ -518,7 +640,7 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):  # building it draws weights; the caller's random state is left alone
-            network = NETWORKS[info["network"]](len(info["classes"]), **info["normalisation"])
+            network = NETWORKS[info["network"]](len(info["classes"]), **info["normalisation"], head=info["head"])
         network.load_state_dict(info.pop("weights"))
         if missing := {"test_accuracy", "per_class_accuracy", "tested_on_unseen_images"} - info.keys():
             raise KeyError(*missing)  # of an older version
@@ -539,11 +661,13 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the other scripts import
 # ----------------------------------------------------------------------------------------------------------------------
-def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=None, rho=None, seed=0, device="cpu"):
+def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=None, rho=None, seed=0, device="cpu",
+                      soft_labels=False):
     """The network of the checkpoint at `path`; without a path, one trained for the purpose, with a progress bar.
 
     split       what that one learns from: "train", the (long-tailed) data that a GAN learns from too, or "reference",
                 balanced: a judge, the same for cifar10, cifar10lt and cifar10imb
+    soft_labels whether to train it as Softlabel-GAN does: its probabilities are to be labels
     returns     a frozen eval-mode network: images (B, 3, H, W) in [-1, 1] -> logits (B, K); `.features(x)` (B, D);
                 `.info`: a dict with classes, image_size, test_accuracy, path ...
     raises      InputError, see `load_classifier`
@@ -564,7 +688,8 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
             rho = None
         command = ["--dataset", dataset, "--data-dir", str(data_dir), "--split", split, "--image-size", str(size),
                    "--seed", str(seed), "--device", str(device)]  # fmt: skip
-        args = parse_settings(command + (["--rho", str(rho)] if rho is not None else []))
+        command += (["--rho", str(rho)] if rho is not None else []) + (["--soft-labels"] if soft_labels else [])
+        args = parse_settings(command)
         path = Path("runs") / run_name(args) / "classifier.pt"  # where `train` puts it: nothing differs from the recipe
         if shapes_judge:
             path = Path(data_dir) / f"classifier-shapes-{size}.pt"
@@ -579,6 +704,20 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
     return load_classifier(path, device, test_set.classes, size)
 
 
+def build_soft_classifier(dataset, num_classes, image_size, device="cpu"):
+    """An untrained network of --soft-labels in training mode, and its SGD, to be trained beside a GAN ("co-training").
+
+    CHOICE: a tenth of the highest learning rate throughout, as there is no last epoch to anneal to.
+    """
+    args = parse_settings(["--dataset", dataset, "--soft-labels"])
+    complete(args, 1, image_size)
+    network = NETWORKS[args.network](num_classes, **args.normalisation, head=args.head)
+    if args.pretrained:
+        network.load_imagenet()
+    network = network.to(device, memory_format=torch.channels_last)
+    return network, torch.optim.SGD(network.parameters(), args.lr / 10, MOMENTUM, weight_decay=args.weight_decay)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # main
 # ----------------------------------------------------------------------------------------------------------------------
@@ -588,6 +727,7 @@ def learning_rate(progress, epochs, base, schedule):
     "steps"   LDAM-DRW, for 200 epochs: base times (e + 1)/5 in epoch e = 0 .. 4, times 1 up to epoch 159, 1e-2 up to
               179, 1e-4 from 180. Other lengths keep the proportions.
     "cosine"  CHOICE, for runs of seconds: a straight line up over the first fifth, half a cosine down to 0.
+    "sevens"  Softlabel-GAN's official scripts: a tenth of it after every 7 epochs.
     "bit"     BiT, for 500 steps: a straight line up over 100, a tenth from each of 200, 300, 400 on.
     """
     if schedule == "cosine":
@@ -599,6 +739,8 @@ def learning_rate(progress, epochs, base, schedule):
         fifths = 5 * progress / epochs
         return base * min(1, fifths) * 0.1 ** max(0, math.floor(fifths) - 1)
     epoch, scale = math.floor(progress), epochs / 200
+    if schedule == "sevens":
+        return base * 0.1 ** (epoch // 7)
     warm_up = min(1, (epoch + 1) / (5 * scale))
     return base * warm_up * (1 if epoch < 160 * scale else 1e-2 if epoch < 180 * scale else 1e-4)
 
@@ -615,13 +757,18 @@ def train(args, path=None):
     complete(args, len(train_set.labels), test_set.images.shape[-1])
     # A setting like others: a run does not go on with a folder that has changed, or with other samples of the same name.
     args.training_data = train_set.fingerprint
+    whole, watched = train_set, None
+    if args.hold_out:
+        train_set, watched = held_out(whole, args.hold_out)
+        if not len(watched.labels):
+            fail(f"--hold-out needs a class with two images; {args.dataset} has none")
     unseen = test_set.fingerprint != args.training_data
     run_dir, epochs, B, classes = Path(args.run_dir), args.epochs, args.batch_size, train_set.classes
     path = path or run_dir / "classifier.pt"
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)  # torch.manual_seed would seed the caller's GPU too
-        network = NETWORKS[args.network](len(classes), **args.normalisation)
+        network = NETWORKS[args.network](len(classes), **args.normalisation, head=args.head)
     # channels_last: 1.2 to 1.5 times as fast on the CPU.
     network = network.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay)
@@ -631,6 +778,7 @@ def train(args, path=None):
     test_every = max(1, epochs // TESTS[args.network])  # epochs
     # The order of this epoch's images, the sum of its losses, the last test, the best one, the time that all took.
     start, order, loss_sum, tested, best, seconds = 0, None, torch.zeros((), device=device), {}, {}, 0.0
+    kept = {"epoch": 0, "loss": math.inf}  # the smallest loss on what is held out, and the weights that had it
 
     checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
     if checkpoint_file.exists():
@@ -640,27 +788,27 @@ def train(args, path=None):
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         start, order, loss_sum = state["step"], state["order"], state["loss_sum"].to(device)
-        tested, best, seconds = state["tested"], state["best"], state["seconds"]
-    elif args.network == "resnet50":
+        tested, best, seconds, kept = state["tested"], state["best"], state["seconds"], state["kept"]
+    elif args.pretrained:
         network.load_imagenet()
     source = args.train_on or (f"{args.label_fraction:g} of the labels" if args.label_fraction else f"{args.split} split")
     resumed = "; trained already" if start == epochs * steps else f"; resumed at step {start}" if start else ""
-    print(f"{args.network} on {args.dataset}, {source}: {len(labels)} images of {len(classes)} classes; {args.loss}"
-          f"{' + DRW' if args.drw else ''}; {epochs} epochs of {steps} steps; {device}{', bf16' if amp else ''}; {run_dir}"
-          f"{resumed}", flush=True)
+    loss = args.loss + (" + DRW" if args.drw else "") + (f" - {args.entropy_weight:g} entropy" if args.entropy_weight else "")
+    print(f"{args.network} on {args.dataset}, {source}: {len(labels)} images of {len(classes)} classes; {loss}; {epochs} "
+          f"epochs of {steps} steps; {device}{', bf16' if amp else ''}; {run_dir}{resumed}", flush=True)
     if not unseen:
         print(f"warning: {args.dataset} has no images apart to test with: accuracies are those on what was learnt from",
               file=sys.stderr, flush=True)
 
     def check_finite(step):
         if not torch.isfinite(loss_sum):
-            kept = f"the last good checkpoint, {checkpoint_file}, is kept" if checkpoint_file.exists() else "nothing was saved"
-            fail(f"the loss became {loss_sum.item()} in epoch {(step - 1) // steps + 1}; {kept}; try a lower --lr")
+            saved = f"the last good checkpoint, {checkpoint_file}, is kept" if checkpoint_file.exists() else "nothing was saved"
+            fail(f"the loss became {loss_sum.item()} in epoch {(step - 1) // steps + 1}; {saved}; try a lower --lr")
 
     def save_checkpoint(step):
         check_finite(step)
         state = dict(step=step, settings=vars(args), model=network.state_dict(), optimizer=optimizer.state_dict(),
-                     generator=generator.get_state(), order=order, loss_sum=loss_sum, tested=tested, best=best,
+                     generator=generator.get_state(), order=order, loss_sum=loss_sum, tested=tested, best=best, kept=kept,
                      seconds=seconds + time.monotonic() - began)
         with atomic_write(checkpoint_file) as file:
             torch.save(state, file)
@@ -671,7 +819,7 @@ def train(args, path=None):
         with atomic_write(run_dir / "config.json") as file:
             config = {"settings": vars(args), **environment(), "device": name, "bf16": amp}
             file.write(json.dumps(config, indent=2).encode() + b"\n")
-        began = time.monotonic()
+        began, done = time.monotonic(), start
         with (
             ask_to_stop() as stop,
             open(log_file, "a") as log,
@@ -679,6 +827,8 @@ def train(args, path=None):
         ):
             for step in range(start, epochs * steps):
                 epoch, i = divmod(step, steps)
+                if i == 0 and watched and epoch - kept["epoch"] >= PATIENCE:
+                    break
                 if i == 0:
                     order = torch.randperm(len(labels), generator=generator)
                     loss_sum = torch.zeros((), device=device)
@@ -690,7 +840,9 @@ def train(args, path=None):
                 x = augment(images[index], args.crop_padding, args.flip, generator) / 127.5 - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = network(x).float()
-                if args.loss == "focal":
+                if args.entropy_weight:
+                    loss = entropy_rewarded_loss(logits, labels[index], args.entropy_weight)
+                elif args.loss == "focal":
                     loss = focal_loss(logits, labels[index], weight)
                 else:
                     loss = F.cross_entropy(logits, labels[index], weight)  # the mean divides by the sum of the weights
@@ -704,14 +856,23 @@ def train(args, path=None):
                 if done % steps == 0:
                     check_finite(done)
                     row = {"step": done, "epoch": epoch + 1, "loss": loss_sum.item() / steps, "lr": lr}
+                    network.eval()
+                    if watched:
+                        logits = outputs(network, watched.images, device)
+                        row["held_out_loss"] = entropy_rewarded_loss(logits, watched.labels, args.entropy_weight).item()
+                        if row["held_out_loss"] < kept["loss"]:
+                            weights = {name: w.clone() for name, w in network.state_dict().items()}
+                            kept = {"epoch": epoch + 1, "loss": row["held_out_loss"], "weights": weights}
                     if (epoch + 1) % test_every == 0 or epoch + 1 == epochs:  # nothing is chosen by it
-                        shares, per_class = accuracy(network.eval(), test_set, train_counts, device)
-                        network.train()
+                        shares, per_class = accuracy(network, test_set, train_counts, device)
+                        if args.soft_labels:
+                            row |= describe_labels(outputs(network, whole.images, device).softmax(1), whole.labels)
                         tested = {"epoch": epoch + 1, "test_accuracy": shares, "per_class_accuracy": per_class,
                                   "seconds": seconds + time.monotonic() - began}  # fmt: skip
                         if not best or shares["all"] > best["test_accuracy"]["all"]:
                             best = tested
                         row["test_accuracy"] = shares
+                    network.train()
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                     log.write(json.dumps(row | {"seconds": round(seconds + time.monotonic() - began, 3)}) + "\n")
                     log.flush()
@@ -724,7 +885,18 @@ def train(args, path=None):
             print(f"stopped by signal {stop[0]} at step {done}; the same command goes on from {checkpoint_file}")
             sys.exit(128 + stop[0])
 
-    write_results(args, run_dir, train_set, test_set, train_counts, tested, best, unseen)
+    labels = {}
+    if watched:
+        network.load_state_dict(kept["weights"])
+        shares, per_class = accuracy(network.eval(), test_set, train_counts, device)
+        tested = tested | {"epoch": kept["epoch"], "test_accuracy": shares, "per_class_accuracy": per_class}
+        print(f"kept the weights of epoch {kept['epoch']}, which had the smallest loss on {len(watched.labels)} images held "
+              f"out, {kept['loss']:.3f}", flush=True)
+    if args.soft_labels:
+        labels = describe_labels(outputs(network.eval(), whole.images, device).softmax(1), whole.labels)
+        print("labels: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in labels.items() if value))
+        warn_of_collapse(labels, len(classes))
+    write_results(args, run_dir, train_set, test_set, train_counts, tested, best, unseen, labels)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     save_classifier(path, network, args.dataset, args.source, classes, args.image_size, settings,
                     tested["test_accuracy"], tested["per_class_accuracy"], unseen)  # fmt: skip
@@ -732,7 +904,7 @@ def train(args, path=None):
     return path
 
 
-def write_results(args, run_dir, train_set, test_set, train_counts, tested, best, unseen):
+def write_results(args, run_dir, train_set, test_set, train_counts, tested, best, unseen, labels):
     """metrics.json and per_class.csv in `run_dir`, and the same as text: how many test images the classifier recognises."""
     shares, per_class = tested["test_accuracy"], tested["per_class_accuracy"]
     rows = [{"class": train_set.classes[k], "label": int(k), "train_images": int(train_set.counts[k]),
@@ -742,6 +914,7 @@ def write_results(args, run_dir, train_set, test_set, train_counts, tested, best
     result |= {"train_images": len(train_set.labels), "test_accuracy": shares, "tested_on_unseen_images": unseen,
                "best_on_test": {"epoch": best["epoch"], "all": best["test_accuracy"]["all"]},
                "seconds": round(tested["seconds"], 1)}  # fmt: skip
+    result |= {"labels": labels} if labels else {}
     if args.train_on:
         result["classifier_accuracy_score"] = shares["all"]
     table = io.StringIO()

@@ -11,6 +11,7 @@ Names
     cifar10, cifar100           Krizhevsky 2009, all 50,000 training images
     cifar10lt, cifar100lt       exponential tail of Cao et al. 2019 (LDAM, arXiv:1906.07413); --rho, 100 when not given
     cifar10imb, cifar100imb     the histograms of Softlabel-GAN (Katsumata et al., WACV 2024)
+    cifar10imb-90, -120         the first of them with more images, so that its smallest class has 90 or 120 (its Fig. 5)
     folder:PATH                 your own images: PATH/train/<class>/*, and if you have them PATH/test, PATH/reference
 Splits
     train       what a method learns from
@@ -40,7 +41,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb")
+CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt", "cifar10imb", "cifar100imb", "cifar10imb-90",
+               "cifar10imb-120")
 NAMES = ("shapes", "shapeslt", *CIFAR_NAMES, "folder:PATH")
 LONG_TAILED = ("shapeslt", "cifar10lt", "cifar100lt")  # those with a --rho
 SPLITS = ("train", "reference", "test")
@@ -144,7 +146,7 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
         return load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
 
     source = "cifar100" if name.startswith("cifar100") else "cifar10"
-    imbalanced = name.endswith("imb")
+    imbalanced = "imb" in name
     stored = split if split != "reference" else ("test" if imbalanced else "train")
     images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
     if split == "train" and (long_tailed or imbalanced):
@@ -152,7 +154,8 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
             counts = long_tailed_counts(len(labels) // len(classes), len(classes), rho)
             keep = subset(labels, counts, np.random.RandomState(seed))
         else:
-            keep = subset(labels, softlabel_gan_counts(len(classes)))
+            _, _, smallest = name.partition("-")
+            keep = subset(labels, softlabel_gan_counts(len(classes), int(smallest or 65)))
         images, labels = images[keep], labels[keep]
     return image_set(images, labels, classes)
 
@@ -176,16 +179,23 @@ def long_tailed_counts(n_max, num_classes, rho):
     return counts
 
 
-def softlabel_gan_counts(num_classes):
+# Softlabel-GAN, Fig. 5: images of the smallest class of imbalanced CIFAR-10, and the total S that a histogram with it starts
+# from. 65: the paper's own data. CHOICE for the others, of which the paper says no more than their size: the same histogram,
+# scaled (any S from 6,827 to 6,902 gives 90, from 9,102 to 9,177 gives 120).
+HISTOGRAM_TOTAL = {65: 5000, 90: 6900, 120: 9150}
+
+
+def softlabel_gan_counts(num_classes, smallest=65):
     """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class) or CIFAR-100 (2993 images, 6 to 36 a class).
 
     Softlabel-GAN, official datasets.py: 5000 times the probability that a log-normal (s=3; K = 10) or chi-squared
     (df=3; K = 100) variable falls into each of K equal bins on [0, 3], rounded down; then a fixed permutation of them.
+    smallest: 90 or 120 for more images of imbalanced CIFAR-10, see HISTOGRAM_TOTAL.
     """
-    import scipy.stats  # here, because it takes a second to import and only these two sets need it
+    import scipy.stats  # here, because it takes a second to import and only these sets need it
 
     law = scipy.stats.lognorm(s=3) if num_classes == 10 else scipy.stats.chi2(df=3)
-    bins = 5000 * np.diff(law.cdf(np.linspace(0, 3, num_classes + 1)))
+    bins = HISTOGRAM_TOTAL[smallest] * np.diff(law.cdf(np.linspace(0, 3, num_classes + 1)))
     return np.floor(bins).astype(np.int64)[np.random.RandomState(15).permutation(num_classes)]
 
 
@@ -490,44 +500,52 @@ def draw_shape(inside, u, size, arc, middle, supersampling=4, block=64):
 # Batches
 # ----------------------------------------------------------------------------------------------------------------------
 class Batches:
-    """Endless iterator over (x, y): x (B, 3, H, W) float32 in [-1, 1], y (B,) int64, both on `device`.
+    """Endless iterator over (x, y): x (B, 3, H, W) float32 in [-1, 1], y (B,) int64 or targets[...], both on `device`.
 
     classes  "data"     each image once an epoch, epochs joined without a gap (a batch may hold the end of one and the
                         beginning of the next, so every batch is full): a class comes up in proportion to n_c
              "uniform"  class uniform, then an image of it uniform, with replacement: "RS" in CBDM
              "sqrt"     class in proportion to sqrt(n_c), the image likewise: "RS-SQRT" in CBDM
+             a number   alpha from 0 to 1: class c with probability (1 - alpha) n_c / N + alpha / K, the image likewise:
+                        "Oversample" in Softlabel-GAN
     flip     mirror each image left to right with probability 1/2
+    targets  (N, ...) tensor: what to yield as y of each image in the place of its label
 
     Every random number comes from one generator on the CPU, so the order is the same on every device, and a stream that
     goes on from state_dict() is bit for bit the stream that was never stopped.
     """
 
-    def __init__(self, image_set, batch_size, classes="data", flip=False, device="cpu", seed=0):
+    def __init__(self, image_set, batch_size, classes="data", flip=False, device="cpu", seed=0, targets=None):
         counts = image_set.counts
-        if classes not in ("data", "uniform", "sqrt"):
-            raise ValueError(f'classes is {classes!r}; it is "data", "uniform" or "sqrt"')
+        if isinstance(classes, str) and classes not in ("data", "uniform", "sqrt"):
+            raise ValueError(f'classes is {classes!r}; it is "data", "uniform", "sqrt" or a number')
         if batch_size < 1 or len(image_set.labels) == 0:
             raise ValueError(f"batch_size is {batch_size} and the set has {len(image_set.labels)} images")
         if classes != "data" and counts.min() < 1:
             raise ValueError(f"class {int(counts.argmin())} has no image to draw")
-        self.images, self.labels = image_set.images.to(device), image_set.labels.to(device)
-        self.batch_size, self.classes, self.flip = batch_size, classes, flip
+        self.images = image_set.images.to(device)
+        self.labels = (image_set.labels if targets is None else targets).to(device)
+        self.batch_size, self.flip = batch_size, flip
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)  # what is left of this epoch ("data")
         self.by_class = torch.argsort(image_set.labels, stable=True)  # class c at first[c] .. first[c] + counts[c]
         self.counts, self.first = counts, counts.cumsum(0) - counts
+        n_c, N, K = counts.double(), len(image_set.labels), len(counts)
+        if isinstance(classes, str):
+            self.weight = {"data": None, "uniform": torch.ones_like(n_c), "sqrt": n_c.sqrt()}[classes]
+        else:
+            self.weight = (1 - classes) * n_c / N + classes / K
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self.classes == "data":
+        if self.weight is None:
             while len(self.order) < self.batch_size:  # more than once where the batch is larger than the set
                 self.order = torch.cat([self.order, torch.randperm(len(self.labels), generator=self.generator)])
             index, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         else:
-            weight = self.counts.double().pow(0.0 if self.classes == "uniform" else 0.5)
-            c = torch.multinomial(weight, self.batch_size, replacement=True, generator=self.generator)
+            c = torch.multinomial(self.weight, self.batch_size, replacement=True, generator=self.generator)
             within = torch.rand(self.batch_size, dtype=torch.float64, generator=self.generator) * self.counts[c]
             index = self.by_class[self.first[c] + within.long()]
         index = index.to(self.images.device, non_blocking=True)

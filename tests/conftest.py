@@ -2,6 +2,7 @@ import os
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,27 @@ def run_script():
                               text=True, env=environment, **kwargs)
 
     return run
+
+
+# What a run left behind, for the tests of several scripts.
+def state_of(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def flat(state):
+    """Every tensor of a checkpoint under its path: networks, spectral-norm vectors, batch statistics, Adam's averages ..."""
+    if isinstance(state, torch.Tensor):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {f"{name}/{rest}": x for name, value in items for rest, x in flat(value).items()}
+
+
+def same_state(a, b):
+    a, b = flat(state_of(a)), flat(state_of(b))
+    assert a.keys() == b.keys() and any("_u" in k for k in a) and any("running_mean" in k for k in a)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_of(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]

@@ -15,7 +15,7 @@ import pytest
 import scipy.optimize
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, log_of, same_state, state_of
 from PIL import Image
 
 import cbgan
@@ -428,29 +428,6 @@ def judges(tmp_path_factory):
 def tiny(judges):
     return ["--dataset", "shapeslt", "--width", "8", "--discriminator-width", "8", "--batch-size", "8", "--steps", "3",
             "--sample-every", "0", "--eval-images", "0", "--monitor-images", "0", "--classifier", judges.loop]
-
-
-def state_of(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-
-
-def flat(state):
-    """Every tensor of a checkpoint under its path: networks, spectral-norm vectors, batch statistics, Adam's averages ..."""
-    if isinstance(state, torch.Tensor):
-        return {"": state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    return {f"{name}/{rest}": x for name, value in items for rest, x in flat(value).items()}
-
-
-def same_state(a, b):
-    a, b = flat(state_of(a)), flat(state_of(b))
-    assert a.keys() == b.keys() and any("_u" in k for k in a) and any("running_mean" in k for k in a)
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def log_of(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
 
 
 def start(*arguments, cwd):
