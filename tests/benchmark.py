@@ -8,6 +8,7 @@ Not collected by pytest.
 
 import argparse
 import copy
+import functools
 import os
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,6 +27,7 @@ import cbdm  # noqa: E402
 import cbgan  # noqa: E402
 import classifier  # noqa: E402
 import metrics  # noqa: E402
+import softlabel_gan  # noqa: E402
 
 GFLOP_FORWARD = 12.44  # one 32 x 32 image through the paper's U-Net (tests/test_cbdm.py counts it)
 BATCH = 16
@@ -221,6 +224,96 @@ def cbgan_training(device, batch=64):
     row("CBGAN training step, plain / ours", [a / b for a, b in zip(plain, ours, strict=True)], "times")
 
 
+def softlabel_training(device, size, width, batch):
+    """One step of D and one of G of Softlabel-GAN at the paper's networks, with DiffAugment, two Adams, EMA."""
+    K, policy, amp = 10, "color,translation,cutout", softlabel_gan.use_bf16("auto", device)
+    x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+    y_soft = torch.randn(batch, K, device=device).softmax(1)
+
+    def networks():
+        torch.manual_seed(0)
+        return [network(size, width, K).to(device) for network in (softlabel_gan.Generator, softlabel_gan.Discriminator)]
+
+    def inputs():
+        z, y = torch.randn(batch, softlabel_gan.latent_size(size)), F.one_hot(torch.randint(K, (batch,)), K).float()
+        return z.to(device), y.to(device)
+
+    def plain():
+        """As the release has it: float32, skips convolved at the larger size, gradients for D in the generator's step."""
+        G, D = networks()
+
+        def skip_G(block, h, code):
+            x, h = F.interpolate(h, scale_factor=2), F.interpolate(F.relu(block.norm1(h, code)), scale_factor=2)
+            return block.conv2(F.relu(block.norm2(block.conv1(h), code))) + block.skip(x)
+
+        def skip_D(block, x):
+            h = block.conv2(F.relu(block.conv1(x if block.first else F.relu(x))))
+            if not block.down:
+                return h + block.skip(x)
+            return F.avg_pool2d(h, 2) + (block.skip(F.avg_pool2d(x, 2)) if block.first else F.avg_pool2d(block.skip(x), 2))
+
+        for block in G.blocks:
+            block.forward = functools.partial(skip_G, block)
+        for block in D.phi:
+            if isinstance(block, softlabel_gan.DiscriminatorBlock):
+                block.forward = functools.partial(skip_D, block)
+        ema = copy.deepcopy(G)
+        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.0, 0.999), foreach=False) for n in (G, D)]
+
+        def step():
+            z, y = inputs()
+            with torch.no_grad():
+                fake = G(z, y)
+            scores = D(softlabel_gan.diffaugment(torch.cat([fake, x]), policy), torch.cat([y, y_soft]))
+            adam[1].zero_grad()
+            softlabel_gan.discriminator_loss(*scores.chunk(2)[::-1]).backward()
+            adam[1].step()
+            z, y = inputs()
+            adam[0].zero_grad()
+            softlabel_gan.generator_loss(D(softlabel_gan.diffaugment(G(z, y), policy), y)).backward()
+            adam[0].step()
+            with torch.no_grad():
+                new = G.state_dict()
+                for name, value in ema.state_dict().items():
+                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
+
+        return step
+
+    def ours():
+        """The lines of softlabel_gan.py's loop."""
+        G, D = (n.to(memory_format=torch.channels_last) for n in networks())
+        (means, values), (copies, originals) = softlabel_gan.state_pairs(copy.deepcopy(G), G)
+        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.0, 0.999), fused=True) for n in (G, D)]
+
+        def step():
+            z, y = inputs()
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                with torch.no_grad():
+                    fake = G(z, y)
+                scores = D(softlabel_gan.diffaugment(torch.cat([x, fake]), policy), torch.cat([y_soft, y]))
+            adam[1].zero_grad()
+            softlabel_gan.discriminator_loss(*scores.chunk(2)).backward()
+            adam[1].step()
+            D.requires_grad_(False)
+            z, y = inputs()
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = softlabel_gan.generator_loss(D(softlabel_gan.diffaugment(G(z, y), policy), y))
+            D.requires_grad_(True)
+            adam[0].zero_grad()
+            loss.backward()
+            adam[0].step()
+            torch._foreach_lerp_(means, values, 1 - 0.9999)
+            torch._foreach_copy_(copies, originals)
+
+        return step
+
+    name = f"Softlabel-GAN training step, {batch} images of {size}"
+    plain, ours = in_turn([plain(), ours()], runs=5 if size == 32 else 3)
+    row(f"{name}, plain", plain, "s")
+    row(f"{name}, ours", ours, "s", f"{batch / statistics.median(ours):.1f} images/s")
+    row("Softlabel-GAN training step, plain / ours", [a / b for a, b in zip(plain, ours, strict=True)], "times")
+
+
 def frechet():
     """Against scipy's matrix square root, on the same features."""
     from scipy import linalg
@@ -289,7 +382,8 @@ def start_up(device, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of the CPU")
-    parser.add_argument("--only", default="start_up,training,sampling,cbgan,frechet", help="which parts, with commas between")
+    parser.add_argument("--only", default="start_up,training,sampling,cbgan,softlabel,frechet",
+                        help="which parts, with commas between")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = cbdm.pick_device("auto")
@@ -299,7 +393,8 @@ def main():
             for name in ("float32", "bfloat16")}
     for part in args.only.split(","):
         {"start_up": lambda: start_up(device, args.threads), "training": lambda: training(device, peak),
-         "sampling": lambda: sampling(device, peak), "cbgan": lambda: cbgan_training(device), "frechet": frechet}[part]()
+         "sampling": lambda: sampling(device, peak), "cbgan": lambda: cbgan_training(device), "frechet": frechet,
+         "softlabel": lambda: [softlabel_training(device, *at) for at in ((32, 64, 32), (128, 80, 4))]}[part]()
 
 
 if __name__ == "__main__":
