@@ -497,7 +497,7 @@ def read_samples(args, test_set, device):
              "--image-size sets the latter")
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     if args.label_with:
-        labels = outputs(load_classifier(args.label_with, device, test_set.classes, size), images, device).argmax(1).numpy()
+        labels = predict(load_classifier(args.label_with, device, test_set.classes, size), images, device).numpy()
     if labels is None:
         fail(f"{path} holds neither labels nor predicted; --label-with CLASSIFIER.pt labels its images")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
@@ -541,13 +541,18 @@ def outputs(network, images, device="cpu", batch_size=200):
     return torch.cat([network(x.to(device) / 127.5 - 1).cpu() for x in images.split(batch_size)])
 
 
+def predict(network, images, device="cpu"):
+    """images (N, 3, H, W) uint8 -> (N,) int64 on the CPU, the class that an eval-mode network sees in each."""
+    return outputs(network, images, device).argmax(1)
+
+
 def accuracy(network, test_set, train_counts, device="cpu"):
     """Share of an ImageSet's images that an eval-mode network recognises, in [0, 1].
 
     Returns {"all", "head", "middle", "tail"}, thirds of the classes by `train_counts` (K,), the number of *training*
     images of each class; and the list of the K classes' shares. None where there are no test images.
     """
-    right = (outputs(network, test_set.images, device).argmax(1) == test_set.labels).double()
+    right = (predict(network, test_set.images, device) == test_set.labels).double()
     K = len(train_counts)
 
     def share(classes):

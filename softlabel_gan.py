@@ -708,9 +708,8 @@ def main(argv=None):
             for step in range(start, args.steps):
                 x_all, y_all = next(batches)  # real images for all steps of D, and what D is told of them
                 if args.labels == "mixup":  # one lambda for all of them: A
-                    gammas = torch._standard_gamma(torch.full((2,), MIXUP, dtype=torch.float64))  # Beta(a, b) = A / (A + B)
-                    lam, other = (gammas[0] / gammas.sum()).item(), torch.randperm(len(x_all)).to(device)
-                    x_all, y_all = mixup(x_all, y_all, lam, other)
+                    lam = torch.distributions.Beta(MIXUP, MIXUP).sample().item()
+                    x_all, y_all = mixup(x_all, y_all, lam, torch.randperm(len(x_all)).to(device))
 
                 # Discriminator, --d-steps times. Real and fake images in one pass.
                 for x, y in zip(x_all.split(B), y_all.split(B), strict=True):

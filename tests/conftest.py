@@ -1,6 +1,7 @@
 import os
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # as many in the processes that tests start: it decides the last bits
 
 import json
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +31,8 @@ def run_script():
     """run_script("cbdm.py", "--steps", 3, cwd=...) -> CompletedProcess with text output."""
 
     def run(*command, cwd, **kwargs):
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
         return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, capture_output=True,
-                              text=True, env=environment, **kwargs)
+                              text=True, **kwargs)
 
     return run
 

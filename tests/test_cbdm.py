@@ -442,7 +442,7 @@ def log_of(run_dir):
 
 def start(*arguments, cwd):
     """cbdm.py as a process of its own, to send signals to."""
-    return subprocess.Popen([sys.executable, ROOT / "cbdm.py", *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "2"},
+    return subprocess.Popen([sys.executable, ROOT / "cbdm.py", *arguments], cwd=cwd,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 

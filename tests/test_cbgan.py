@@ -432,7 +432,7 @@ def tiny(judges):
 
 def start(*arguments, cwd):
     """cbgan.py as a process of its own, to send signals to."""
-    return subprocess.Popen([sys.executable, ROOT / "cbgan.py", *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "2"},
+    return subprocess.Popen([sys.executable, ROOT / "cbgan.py", *arguments], cwd=cwd,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 

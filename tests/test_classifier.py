@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
@@ -58,6 +60,9 @@ def shapes_samples(path, n=40, size=8, **arrays):
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+SETTINGS = {"normalisation": HALF, "head": "linear"}  # of a checkpoint: what `load_classifier` reads of them
 
 
 def settled(network):
@@ -308,7 +313,7 @@ def test_which_weights_the_loss_gets(tmp_path, monkeypatch, drw):
 def start(*arguments, cwd):
     """classifier.py as a process of its own, to send signals to."""
     return subprocess.Popen([sys.executable, ROOT / "classifier.py", *map(str, arguments)], cwd=cwd, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE,
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.DEVNULL)  # fmt: skip
 
 
@@ -532,7 +537,7 @@ def test_a_classifier_of_long_tailed_data_has_a_run_of_its_own(tmp_path, monkeyp
         assert torch.equal(train_set.counts, counts)
         seen.append((counts.tolist(), args.seed))
         network = ResNet32(10, **HALF)
-        save_classifier(path, network, "shapeslt", "train", train_set.classes, 8, {"normalisation": HALF}, {"all": 0.5})
+        save_classifier(path, network, "shapeslt", "train", train_set.classes, 8, SETTINGS, {"all": 0.5})
 
     monkeypatch.setattr(classifier, "train", stand_in)
     for rho in (None, 100, 10):
@@ -543,11 +548,153 @@ def test_a_classifier_of_long_tailed_data_has_a_run_of_its_own(tmp_path, monkeyp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Soft labels
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("K, head", [(102, 491_130), (176, None), (196, 1_072_708)])
+def test_spinal_head_parameters(K, head):
+    """Softlabel-GAN's heads on 2,048 features: w(1024 + 1) + 3 w(1024 + w + 1) + (4w + 1)K with w = K."""
+    count = sum(p.numel() for p in classifier.SpinalHead(2048, K).parameters())
+    assert count == (1025 * K + 3 * K * (1025 + K) + (4 * K + 1) * K) and (head is None or count == head)
+
+
+def test_spinal_head_by_hand():
+    layer, x = classifier.SpinalHead(8, 3), torch.randn(5, 8)
+    a, b = x[:, :4], x[:, 4:]
+    x1 = layer.layers[0](a).relu()
+    x2 = layer.layers[1](torch.cat([b, x1], 1)).relu()
+    x3 = layer.layers[2](torch.cat([a, x2], 1)).relu()
+    x4 = layer.layers[3](torch.cat([b, x3], 1)).relu()
+    assert torch.allclose(layer(x), layer.out(torch.cat([x1, x2, x3, x4], 1))) and x1.shape == (5, 20)
+    assert ResNet32(4, **HALF, head="spinal")(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_entropy_is_rewarded():
+    """L_C = CE - w H: ln K (1 - w) at the uniform prediction, CE at w = 0, and SciPy's entropy elsewhere."""
+    assert classifier.entropy_rewarded_loss(torch.zeros(4, 7), torch.arange(4), 0.3).item() == pytest.approx(math.log(7) * 0.7)
+    logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 4, 2, 2, 1, 3])
+    p = logits.softmax(1)
+    cross_entropy = -p[range(6), labels].log().mean().item()
+    for w in (0.0, 0.3, 0.7):
+        by_hand = cross_entropy - w * scipy.stats.entropy(p.numpy(), axis=1).mean()
+        assert classifier.entropy_rewarded_loss(logits, labels, w).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("K", [10, 100])
+def test_what_a_classifier_trained_to_the_end_says(K):
+    """The optimum for an image known by heart says nothing of it: p* on its class, the rest spread evenly. p* by SciPy from
+    the equation, and by gradient descent on free logits; more weight on the entropy, less certainty."""
+    stars = []
+    for w in (0.1, 0.3, 0.7):
+        star = scipy.optimize.brentq(lambda p: 1 / p - w * math.log((K - 1) * p / (1 - p)), 1 / K, 1 - 1e-12)  # noqa: B023
+        logits = torch.randn(1, K, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+        def loss():
+            optimizer.zero_grad()  # noqa: B023
+            value = classifier.entropy_rewarded_loss(logits, torch.tensor([2]), w)  # noqa: B023
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        p = logits.detach().softmax(1)[0]
+        assert p[2].item() == pytest.approx(star, abs=1e-4)
+        others = torch.cat([p[:2], p[3:]])
+        assert (others - (1 - star) / (K - 1)).abs().max() < 1e-4
+        stars.append(star)
+    assert stars[1] == pytest.approx({10: 0.8492, 100: 0.6430}[K], abs=1e-4) and stars == sorted(stars, reverse=True)
+
+
+def test_description_of_labels():
+    labels = torch.tensor([0, 1])
+    facts = classifier.describe_labels(torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.05, 0.85, 0.05, 0.05]]), labels)
+    assert facts["max_probability"] == pytest.approx(0.775) and facts["off_class_mass"] == pytest.approx(0.225)
+    # half of |.2 - .1| + |.1 - .1| + |0 - .1| of .3, and 0 of .15
+    assert facts["off_class_distance"] == pytest.approx(0.1 / 0.45, rel=1e-5)
+    one_hot = classifier.describe_labels(torch.eye(4)[labels], labels)
+    assert one_hot["entropy"] == 0 and one_hot["off_class_distance"] is None
+
+
+def test_collapse_is_warned_of(capsys):
+    labels = torch.arange(10).repeat(5)
+    smooth = 0.9 * torch.eye(10)[labels] + 0.01
+    for y, said in ((smooth, "plain smoothing"), (torch.eye(10)[labels], "all but one-hot"),
+                    (0.5 * torch.eye(10)[labels] + 0.5 * torch.eye(10)[(labels + 1) % 10], "")):
+        classifier.warn_of_collapse(classifier.describe_labels(y, labels), 10)
+        err = capsys.readouterr().err
+        assert said in err if said else not err
+
+
+def test_held_out_images():
+    counts = torch.tensor([30, 12, 3, 1])
+    labels = torch.arange(4).repeat_interleave(counts)
+    images = torch.arange(46, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
+    data = ImageSet(images, labels, list("abcd"))
+    learnt, watched = classifier.held_out(data, 0.1)
+    assert watched.counts.tolist() == [3, 1, 1, 0] and (learnt.counts + watched.counts).tolist() == counts.tolist()
+    assert sorted(torch.cat([learnt.images, watched.images])[:, 0, 0, 0].tolist()) == list(range(46))
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path, monkeypatch, capsys):
+    """It stops PATIENCE epochs after the smallest held-out loss, keeps the weights of that epoch, logs what the labels are
+    like, and a second call does not train."""
+    monkeypatch.setattr(classifier, "PATIENCE", 2)
+    held_out_losses = iter([3.0, 1.0, 2.0, 1.5] + [0.5] * 9)
+    real = classifier.entropy_rewarded_loss
+
+    def loss(logits, labels, w=0.3):
+        return real(logits, labels, w) if logits.requires_grad else torch.tensor(next(held_out_losses))
+
+    monkeypatch.setattr(classifier, "entropy_rewarded_loss", loss)
+    run = ["--dataset", "shapeslt", "--image-size", "8", "--soft-labels", "--epochs", "12", "--batch-size", "600",
+           "--run-dir", str(tmp_path)]
+    classifier.main(run)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and "kept the weights of epoch 2" in capsys.readouterr().out
+    assert all(0 < row["max_probability"] < 1 and 0 <= row["off_class_distance"] <= 1 for row in rows)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    kept = load_classifier(tmp_path / "classifier.pt")
+    assert kept.info["head"] == "spinal" and isinstance(kept.head, classifier.SpinalHead)
+    assert all(torch.equal(kept.state_dict()[k], w) for k, w in state["kept"]["weights"].items())
+    assert not torch.equal(kept.state_dict()["conv.weight"], state["model"]["conv.weight"])
+    before = (tmp_path / "log.jsonl").read_text()
+    classifier.main(run)
+    assert (tmp_path / "log.jsonl").read_text() == before and "kept the weights of epoch 2" in capsys.readouterr().out
+
+
+def test_what_soft_labels_are_trained_with():
+    def recipe(size, *arguments):
+        return classifier.recipe_for(parse_settings(["--soft-labels", *arguments]), 3208, size)
+
+    small, large = recipe(32, "--dataset", "cifar10imb"), recipe(128, "--dataset", "folder:x")
+    for r in (small, large, recipe(16, "--dataset", "shapeslt")):
+        assert (r["head"], r["entropy_weight"], r["hold_out"], r["loss"], r["drw"]) == ("spinal", 0.3, 0.1, "ce", False)
+    assert (small["network"], small["pretrained"]) == ("resnet32", False)
+    assert (large["network"], large["pretrained"], large["lr"]) == ("wide_resnet101_2", True, 0.001)
+    assert [classifier.learning_rate(e, 25, 1.0, "sevens") for e in (0, 6.9, 7, 21)] == pytest.approx([1, 1, 0.1, 0.001])
+    args = parse_settings(["--soft-labels", "--dataset", "cifar10imb", "--entropy-weight", "0.5", "--head", "linear"])
+    classifier.complete(args, 3208, 32)
+    assert args.run_dir == "runs/classifier-cifar10imb-32px-soft-headlinear-entropyweight0.5-s0"
+    for wrong in (["--entropy-weight", "-1"], ["--hold-out", "1"], ["--split", "reference"],
+                  ["--loss", "focal", "--entropy-weight", "1"]):
+        with pytest.raises(InputError):
+            parse_settings(["--soft-labels", *wrong])
+
+
+@torch.no_grad()
+def test_the_network_for_large_images():
+    with torch.device("meta"):  # 127 million parameters
+        network = classifier.WideResNet101(176, **classifier.IMAGENET_STATISTICS, head="spinal")
+    head = sum(p.numel() for p in network.head.parameters())
+    assert head == 1025 * 176 + 3 * 176 * 1201 + 705 * 176
+    assert sum(p.numel() for p in network.parameters()) - head == 124_837_696
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 def test_checkpoint_round_trip(tmp_path):
     network = settled(ResNet32(3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
-    settings = {"epochs": 1, "normalisation": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    settings = {"epochs": 1, "normalisation": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, "head": "linear"}
     classes = list(np.array(["a", "b", "c"]))  # as they come out of a prepared file
     save_classifier(tmp_path / "new" / "c.pt", network, "toy", "train", classes, 8, settings, {"all": 0.5}, [0.5, 0.25, 0.75])
     again = load_classifier(tmp_path / "new" / "c.pt", classes=classes, image_size=8)
@@ -563,7 +710,7 @@ def test_checkpoint_round_trip(tmp_path):
                                      "an older version"])  # fmt: skip
 def test_what_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "c.pt"
-    save_classifier(path, ResNet32(3, **HALF), "toy", "train", ["a", "b", "c"], 8, {"normalisation": HALF}, {"all": 0.5})
+    save_classifier(path, ResNet32(3, **HALF), "toy", "train", ["a", "b", "c"], 8, SETTINGS, {"all": 0.5})
     if content == "missing":
         path.unlink()
     elif content == "text":
