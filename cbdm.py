@@ -478,7 +478,8 @@ def load_checkpoint(path, device):
     if not Path(path).is_file():
         fail(f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        state = torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        return state | {"settings": state["settings"]}  # or it is no checkpoint of a run
     except Exception as error:  # zip, pickle and file errors alike
         reason = str(error).splitlines()[0]
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error

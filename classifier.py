@@ -345,7 +345,7 @@ class ResNet32(nn.Module):
     mean, std: three numbers each, of training pixels in [0, 1].
     """
 
-    name = "resnet32"
+    name, batch = "resnet32", 200  # batch: images to look at at a time
 
     def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
@@ -377,7 +377,7 @@ class ResNet50(nn.Module):
     mean, std: three numbers each, of training pixels in [0, 1]. The weights are random; see `load_imagenet`.
     """
 
-    name, size = "resnet50", 128  # pixels
+    name, size, batch = "resnet50", 128, 100  # pixels, images
 
     def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
@@ -425,7 +425,7 @@ class ResNet50(nn.Module):
 class WideResNet101(ResNet50):
     """torchvision's Wide-ResNet-101-2 behind a resize to 448 x 448, Softlabel-GAN's backbone (A)."""
 
-    name, size = "wide_resnet101_2", 448
+    name, size, batch = "wide_resnet101_2", 448, 16
 
 
 NETWORKS = {kind.name: kind for kind in (ResNet32, ResNet50, WideResNet101)}
@@ -509,12 +509,12 @@ def read_samples(args, test_set, device):
 
 
 def held_out(train_set, share):
-    """(ImageSet to learn from, ImageSet that early stopping watches): `share` of each class, one image at least if it has two.
+    """(ImageSet to learn from, ImageSet that early stopping watches): `share` of each class; of two images one each at least.
 
     Which ones is the same in every run. Why Softlabel-GAN's classifier has to stop early: `entropy_rewarded_loss`. Why not by
     the test images: they are the reference that the samples are scored against.
     """
-    n = [max(1, round(share * n_k)) if n_k > 1 else 0 for n_k in train_set.counts.tolist()]
+    n = [min(n_k - 1, max(1, round(share * n_k))) for n_k in train_set.counts.tolist()]
     out = torch.zeros(len(train_set.labels), dtype=torch.bool)
     out[torch.from_numpy(datasets.subset(train_set.labels.numpy(), n, np.random.RandomState(0)))] = True
     return tuple(ImageSet(train_set.images[i], train_set.labels[i], train_set.classes) for i in (~out, out))
@@ -536,14 +536,14 @@ def augment(images, crop_padding, flip, generator):
 # Testing
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def outputs(network, images, device="cpu", batch_size=200):
+def outputs(network, images, device="cpu", batch_size=None):
     """images (N, 3, H, W) uint8 -> logits (N, K) on the CPU of an eval-mode network."""
-    return torch.cat([network(x.to(device) / 127.5 - 1).cpu() for x in images.split(batch_size)])
+    return torch.cat([network(x.to(device) / 127.5 - 1).cpu() for x in images.split(batch_size or network.batch)])
 
 
-def predict(network, images, device="cpu"):
+def predict(network, images, device="cpu", batch_size=None):
     """images (N, 3, H, W) uint8 -> (N,) int64 on the CPU, the class that an eval-mode network sees in each."""
-    return outputs(network, images, device).argmax(1)
+    return outputs(network, images, device, batch_size).argmax(1)
 
 
 def accuracy(network, test_set, train_counts, device="cpu"):
@@ -572,7 +572,8 @@ def load_checkpoint(path, device):
     if not Path(path).is_file():
         fail(f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        state = torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        return state | {"settings": state["settings"]}  # or it is no checkpoint of a run
     except Exception as error:  # zip, pickle and file errors alike
         reason = str(error).splitlines()[0]
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
@@ -620,15 +621,16 @@ def ask_to_stop():
 def save_classifier(path, network, dataset, split, classes, image_size, settings, test_accuracy, per_class_accuracy=(),
                     unseen=True):
     """Write all that `load_classifier` needs to `path`, in one piece or not at all."""
-    checkpoint = {
+    info = {
         "dataset": dataset, "split": split,
         "classes": [str(name) for name in classes],  # they may be NumPy's strings, which weights_only would not load
         "image_size": image_size, "settings": settings, "normalisation": settings["normalisation"], "head": settings["head"],
         "test_accuracy": test_accuracy, "per_class_accuracy": list(per_class_accuracy),
-        "tested_on_unseen_images": unseen,
-        "network": network.name,
-        "weights": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
+        "tested_on_unseen_images": unseen, "network": network.name,
     }
+    # Through JSON: pickle writes a string once where the same object comes twice, which it does in a run that was not resumed.
+    # A classifier is known by the bytes of its file.
+    checkpoint = json.loads(json.dumps(info)) | {"weights": {name: w.cpu() for name, w in network.state_dict().items()}}
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
@@ -766,7 +768,7 @@ def train(args, path=None):
     if args.hold_out:
         train_set, watched = held_out(whole, args.hold_out)
         if not len(watched.labels):
-            fail(f"--hold-out needs a class with two images; {args.dataset} has none")
+            fail(f"{args.dataset} has no class with two images: none can be held out to stop early by")
     unseen = test_set.fingerprint != args.training_data
     run_dir, epochs, B, classes = Path(args.run_dir), args.epochs, args.batch_size, train_set.classes
     path = path or run_dir / "classifier.pt"
@@ -781,6 +783,7 @@ def train(args, path=None):
     images, labels = train_set.images.to(device), train_set.labels.to(device)
     steps = math.ceil(len(labels) / B)  # an epoch
     test_every = max(1, epochs // TESTS[args.network])  # epochs
+    test_every = min(test_every, PATIENCE) if watched else test_every  # a run that stops early has been tested
     # The order of this epoch's images, the sum of its losses, the last test, the best one, the time that all took.
     start, order, loss_sum, tested, best, seconds = 0, None, torch.zeros((), device=device), {}, {}, 0.0
     kept = {"epoch": 0, "loss": math.inf}  # the smallest loss on what is held out, and the weights that had it

@@ -3,42 +3,49 @@
 A conditional GAN on few and unevenly spread images paints a rare class as the same few pictures. In Softlabel-GAN the
 projection discriminator of a BigGAN is not told the class of a real image but what a classifier, trained beforehand on the same
 images, makes of it: .7 dog, .2 cat, .1 horse. Its score is linear in the label, so that this dog counts a little as a cat, and
-the cats borrow the variety of the dogs. Fakes, and the generator, keep one-hot labels, drawn uniformly over the classes.
+the cats borrow the variety of the dogs. Fakes, and the generator, keep one-hot labels, drawn uniformly over the classes. A
+classifier that knows its images by heart would say of each dog the same, however much it looks like a cat: the labels are
+worth something because it is paid for doubt, and stops early (`entropy_rewarded_loss` in classifier.py).
+
+P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose training loop does not run as
+released; CHOICE marks what none of them says. DiffAugment (colour, shifts, holes) is on in all but Table 3's ablations.
 
     python softlabel_gan.py --dataset shapeslt                        # first look: drawn shapes, a CPU, minutes
     python softlabel_gan.py --dataset cifar10imb                      # the paper's run (Tables 2 and 4); also cifar100imb
-    python softlabel_gan.py --dataset cifar10imb --labels onehot      # its baseline: DiffAug-GAN
+    python softlabel_gan.py --dataset cifar10imb --labels onehot      # its baseline, DiffAug-GAN: BigGAN and DiffAugment
     python softlabel_gan.py --dataset cifar10imb --labels smooth      # Smooth-GAN; also mixup, ols (S, Table 1), cotrain (S)
     python softlabel_gan.py --dataset cifar10imb --labels onehot --oversample 1    # Oversample (Table 4)
-    python softlabel_gan.py --dataset cifar10imb --diffaug ""         # without DiffAugment (Table 3)
+    python softlabel_gan.py --dataset cifar10imb --diffaug ""         # Softlabel-GAN- (Table 3); with onehot plain BigGAN
     python softlabel_gan.py --dataset cifar10imb --minimum-class 120  # Fig. 5
     python softlabel_gan.py --dataset folder:PATH --image-size 128    # your copy of AnimeFace, Oxford-102, Cars; 64, 256 too
 
-`--classifier runs/.../classifier.pt` is a checkpoint of `classifier.py --soft-labels`; without it that one is trained first.
-Its labels are computed once and stay with the run, soft_labels.npz. The README has a command for each row of each table. Each
-command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number of threads.
+`--classifier runs/.../classifier.pt` is a checkpoint of `classifier.py --soft-labels`; without it that one is trained first,
+the same for each --seed. Its labels are computed once and stay with the run, soft_labels.npz. The README has a command for each
+row of each table. Each command resumes the run that it finds in its run directory: bit for bit on the CPU with the same number
+of threads.
 Cost, on two cores of an AMD EPYC: COST
-To aim at (P, Table 2, imbalanced CIFAR-10): FID 57.24 with one-hot labels, 66.75 smoothed, 54.59 soft; intra-FID 112.96,
-125.31, 109.79; 10,000 samples against the balanced test images. P's Table 3 has other FIDs of the same methods, and no reason.
+To aim at, on imbalanced CIFAR-10 with one-hot, smoothed, soft labels (P, Table 2): FID 57.24, 66.75, 54.59, intra-FID 112.96,
+125.31, 109.79; 10,000 samples (P), against the balanced test images (A). Mixup 56.36, Oversample 59.03 (P, Table 4). P's
+Table 3 has other FIDs of the same methods, and no reason. A class counts 149 to 2,232 images (P, Table 1).
 
-P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose training loop does not run as
-released. From A, because P does not say: BigGAN-PyTorch's layers and initial weights, Adam's betas and eps, four steps of D for
-one of G at 32 pixels, flips, EMA. Where we differ, and why:
+From A, because P does not say: BigGAN-PyTorch's layers and initial weights, Adam's betas and eps, four steps of D for one of G
+at 32 pixels, flips, EMA. Where we differ, and why:
   * The hinge on fakes, as in A; P's Eq. 3 has lost it in print.
   * Smoothed labels sum to 1, as in P; A's sum to 1 - alpha / K. The table of --labels ols is divided by rows, A's by columns.
   * Oversampling draws class c with probability (1 - alpha) n_c / N + alpha / K. A's weights are right at alpha = 1; at 0, where
     S has the data's distribution, they are inverse to it.
   * P's batches (128 at 32 pixels; A's scripts: 50) and all three parts of DiffAugment (A's scripts: without colour).
-  * The classifier sees the training images alone, and stops early by images held out; A trains on the images that it labels and
-    measures its accuracy on them. Up to 32 pixels it is a ResNet-32 from scratch, P's backbone for CIFAR being unknown; above,
-    Wide-ResNet-101-2 with ImageNet's weights, as in A, where P does not mention them.
+  * The classifier does not learn from the tenth of the images by which it stops. A trains it on all that it labels, and
+    measures its accuracy on them.
+  * The classifier of CIFAR and of the shapes is a ResNet-32 from scratch, P's backbone for CIFAR being unknown; that of larger
+    images a Wide-ResNet-101-2 with ImageNet's weights, as in A, where P does not mention them.
   * Samples are made with the batch statistics of training; A's 32-pixel scripts use those of each batch of samples.
-  * A scores the weights that had the best FID on the way, by the same reference; ours are the last.
-  * The vectors of spectral norm are copied, not averaged, into the averaged generator: see `state_pairs`.
-  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp off`: float32), fused
-    Adam, real and fake in one pass of D; each step of D updates the generator's batch statistics, as in A.
+  * A scores the weights that had the best FID on the way, against the very images of the final score; ours are the last.
+  * The vectors u and v of spectral norm are copied, not averaged, into the averaged generator: see `state_pairs`.
+  * bfloat16 where the hardware has it (`--amp off`: float32), fused Adam, real and fake in one pass of D. Untested: CUDA, whose
+    autocast computes the power method of spectral norm in bfloat16 too.
 Not here: ADC-GAN, vision-aided GAN and the guided diffusion of P's Table 7, which are other methods with the same labels;
-colour histograms and t-SNE; ImageNet-LT and Tiny ImageNet as downloads (folder:PATH takes the images).
+colour histograms and t-SNE; ImageNet-LT and Tiny ImageNet (folder:PATH takes them, cut by hand).
 """
 
 import argparse
@@ -60,7 +67,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import datasets
-from classifier import build_soft_classifier, describe_labels, entropy_rewarded_loss, frozen_classifier
+from classifier import (
+    build_soft_classifier,
+    describe_labels,
+    entropy_rewarded_loss,
+    frozen_classifier,
+    outputs,
+    warn_of_collapse,
+)
 from datasets import InputError, atomic_write, environment, fail, pick_device, run_command, use_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,8 +85,8 @@ AT_32 = dict(
     image_size=32, width=64, discriminator_width=64,  # A
     labels="soft", diffaug="color,translation,cutout", smoothing=0.1, flip=True,  # P; flip: A
     batch_size=128, lr=2e-4, lr_d=2e-4, d_steps=4,  # P; d_steps: A
-    # CHOICE: P has no length. A's script for small data sets, 5,000 epochs in steps of 4 x 50 real images, shows D as many
-    # images of the 3,208 as 31,000 steps of 4 x 128.
+    # CHOICE, here and below (P has no length): as many images as in A. Here those of its script for small data sets, 5,000
+    # epochs of 3,208 in steps of 4 x 128; from 64 pixels on those of its 1,000 epochs of AnimeFace.
     steps=31_000,
     ema=0.9999, ema_start=1_000,  # A
     eval_images=10_000, reference="reference",  # P: 10K samples; A: the balanced test set, which is cifar*imb's reference
@@ -80,8 +94,7 @@ AT_32 = dict(
 )
 AT_128 = AT_32 | dict(
     image_size=128, width=80, discriminator_width=80,  # A
-    batch_size=32, lr=1e-4, lr_d=4e-4, d_steps=1, ema_start=20_000,  # d_steps, ema_start: A
-    steps=226_000,  # A: 1,000 epochs of AnimeFace in batches of 64
+    batch_size=32, lr=1e-4, lr_d=4e-4, d_steps=1, steps=453_000, ema_start=40_000,  # ema_start: as many images as in A
 )
 RECIPES = {
     # Ours: the network for 32 pixels, one level less and narrower, for two CPU cores and a few minutes. No cutout: a square of
@@ -90,14 +103,18 @@ RECIPES = {
         image_size=16, width=8, discriminator_width=16, diffaug="color,translation", batch_size=32, lr=1e-3, lr_d=1e-3,
         d_steps=1, steps=3_500, ema=0.995, ema_start=100, sample_every=500, save_every=500),
     32: AT_32,
-    64: AT_128 | dict(image_size=64, batch_size=512),  # P
+    64: AT_128 | dict(image_size=64, batch_size=512, steps=28_300, ema_start=2_500),
     128: AT_128,
     256: AT_128 | dict(image_size=256),  # CHOICE: as 128; neither P nor A says
 }
-# What D is told of a real image (N images, K classes).
-#   onehot   its class: DiffAug-GAN               mixup    mixed images, mixed classes
-#   soft     a classifier's probabilities: P      smooth   1 - alpha on its class, alpha spread over all: Smooth-GAN
-#   ols      the mean of `soft` over its class    cotrain  as soft, of a classifier that learns beside the GAN
+SHAPES_RHO = 26.5  # CHOICE: that of imbalanced CIFAR-10. With 100 the tail hears more of its neighbours than of its 10 images
+# What D is told of a real image.
+#   soft     what a classifier makes of it (Softlabel-GAN)
+#   onehot   its class (DiffAug-GAN; without DiffAugment BigGAN)
+#   smooth   its class with 1 - alpha, and alpha spread over all (Smooth-GAN)
+#   ols      the mean of `soft` over the images of its class
+#   mixup    its class, mixed with another image's as the images are
+#   cotrain  what a classifier makes of it that learns beside the GAN
 LABELS = ("soft", "onehot", "smooth", "ols", "mixup", "cotrain")
 POLICIES = ("color", "translation", "cutout")
 
@@ -116,6 +133,9 @@ def parse_settings(argv=None):
     size = first.image_size or (16 if first.dataset.startswith("shapes") else 32)
     if size not in RECIPES:
         fail(f"--image-size is {size}; it must be {', '.join(map(str, RECIPES))}")
+    rho = None
+    if first.dataset in datasets.LONG_TAILED:
+        rho = SHAPES_RHO if first.dataset == "shapeslt" else datasets.DEFAULT_RHO
 
     parser = argparse.ArgumentParser(
         description=f"Softlabel-GAN. Defaults shown are those at {size} pixels",
@@ -148,7 +168,7 @@ def parse_settings(argv=None):
     group.add_argument("--lr-d", type=float, help="learning rate of D")
     group.add_argument("--ema", type=float, help="decay of the averaged generator, which is the one that samples")
     group.add_argument("--ema-start", type=int, help="step until which the averaged generator is the generator")
-    group.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and labels")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and labels of fakes")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto takes CUDA, then MPS, then the CPU")
     group.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16; auto: where hardware has it")
@@ -165,7 +185,7 @@ def parse_settings(argv=None):
                        "classifier of the shapes for shapes, inception otherwise")
     group.add_argument("--reference", choices=datasets.SPLITS, help="split to compare samples with")
 
-    parser.set_defaults(**RECIPES[size], rho=datasets.DEFAULT_RHO if first.dataset in datasets.LONG_TAILED else None)
+    parser.set_defaults(**RECIPES[size], rho=rho)
     args = parser.parse_args(argv)
     if args.minimum_class is not None:
         if args.dataset != "cifar10imb":
@@ -186,11 +206,12 @@ def check_settings(args):
     """Raises InputError for settings that make no sense, before anything is read or written."""
     rules = dict.fromkeys(("steps", "batch_size", "save_every", "d_steps", "width", "discriminator_width"),
                           ("at least 1", lambda v: v >= 1))
-    rules |= dict.fromkeys(("ema_start", "sample_every", "eval_images", "seed", "sample_seed"),
-                           ("0 or more", lambda v: 0 <= v < 2**63))
+    rules |= dict.fromkeys(("ema_start", "sample_every", "seed", "sample_seed"),
+                           ("0 or more, and below 2**63", lambda v: 0 <= v < 2**63))
     rules |= dict.fromkeys(("smoothing", "oversample"), ("from 0 to 1", lambda v: 0 <= v <= 1))
     rules |= dict.fromkeys(("lr", "lr_d"), ("a positive number", lambda v: 0 < v < math.inf))
     rules |= {
+        "eval_images": ("0, or at least 2", lambda v: v == 0 or v >= 2),
         "ema": ("from 0 to below 1", lambda v: 0 <= v < 1),
         "diffaug": (f"some of {','.join(POLICIES)}, or empty", lambda v: not v or set(v.split(",")) <= set(POLICIES)),
         "features": ("inception, inception-fid or classifier:PATH",
@@ -201,30 +222,39 @@ def check_settings(args):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {what}")
     if args.classifier is not None and args.labels not in ("soft", "ols"):
         fail(f"--labels {args.labels} asks no classifier; --classifier is for soft and ols")
-    for path in (args.classifier, (args.features or "").partition("classifier:")[2]):
-        if path and not Path(path).is_file():  # now, and not after days of training
+    if args.labels != "smooth" and args.smoothing != AT_32["smoothing"]:
+        fail(f"--labels {args.labels} smooths nothing; --smoothing is for smooth")
+    judge = args.features.removeprefix("classifier:") if (args.features or "").startswith("classifier:") else None
+    for path in (args.classifier, judge):
+        if path is not None and not Path(path).is_file():  # now, and not after days of training
             fail(f"there is no classifier {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's equations
 # ----------------------------------------------------------------------------------------------------------------------
-# K    number of classes                              y     (B, K) label: a distribution over classes, sums to 1
-# x    (B, 3, R, R) images in [-1, 1]                 y^r   of a real image, as in the data: one-hot
-# z    (B, d_z) noise, standard normal                y^    of a real image, augmented: what D is told
-# C    the classifier, frozen                         y^f   of a fake: one-hot, each class equally likely
+# K    number of classes                            y_r    (B, K) label of a real image, as in the data: one-hot
+# x    (B, 3, R, R) images in [-1, 1]               y_hat  (B, K) label of a real image, augmented: what D is told
+# z    (B, d_z) noise, standard normal              y_f    (B, K) label of a fake: one-hot, each class equally likely
+# C    the classifier, frozen (cotrain: it learns)  labels are distributions over the classes: they sum to 1
 def discriminator_loss(D_real, D_fake):
-    """Eqs 1 and 3: E[f_D(-D(x^r, y^))] + E[f_D(D(G(z, y^f), y^f))], f_D(t) = max(0, 1 + t); scores (B,) in, a scalar out.
+    """Eqs 1 and 3: E[f_D(-D(x, y))] + E[f_D(D(G(z, y_f), y_f))], f_D(t) = max(0, 1 + t); scores (B,) in, a scalar out.
 
-    Eq. 1 is plain y^r for y^. As printed, Eq. 3 has lost the f_D of its second term: without it D would gain for ever by
-    scoring fakes lower. A has the hinge on both.
+    Eq. 1 has y_r for y, Eq. 3 y_hat. As printed, Eq. 3 has lost the f_D of its second term: without it D would gain for ever by
+    scoring fakes lower. A has this hinge on both.
     """
     return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()
 
 
 def generator_loss(D_fake):
-    """Eq. 2: -E[D(G(z, y^f), y^f)]; scores (B,) in, a scalar out."""
+    """Eq. 2: -E[D(G(z, y_f), y_f)]; scores (B,) in, a scalar out."""
     return -D_fake.mean()
+
+
+def soft_labels(C, images, device):
+    """§4.2: y_hat = C(x), the classifier's probabilities (N, K) float32 of images (N, 3, R, R) uint8, neither flipped nor
+    augmented."""
+    return outputs(C, images, device).softmax(1)
 
 
 def smooth_labels(y, alpha):
@@ -240,38 +270,41 @@ def mixup(x, y, lam, other):
     return lam * x + (1 - lam) * x[other], lam * y + (1 - lam) * y[other]
 
 
-def online_label_smoothing(p, labels):
+def online_label_smoothing(p, classes):
     """(K, K): row i is what each real image of class i gets for a label, the mean of p over those that C takes for class i.
 
-    p (N, K): C's probabilities of the training images, labels (N,): their classes. Rows sum to 1; a class of which C
+    p (N, K): C's probabilities of the training images, classes (N,): theirs. Rows sum to 1; a class of which C
     recognises no image keeps its one-hot label. OLS as A has it: one table, from the finished classifier. Zhang et al. 2021,
     where it comes from, renew theirs each epoch. A divides entry (i, j) by the number of class j, not of class i: its rows
     sum to anything, more than 1 for the head, and the tail's columns are the larger the rarer the class.
     """
     K = p.shape[1]
-    y, right = F.one_hot(labels, K).to(p), p.argmax(1) == labels
+    y, right = F.one_hot(classes, K).to(p), p.argmax(1) == classes
     total, number = y[right].T @ p[right], y[right].sum(0)[:, None]
     return torch.where(number > 0, total / number.clamp(min=1), torch.eye(K, dtype=p.dtype))
 
 
-def label_augmentation(how, labels, K, p=None, alpha=0.1):
-    """T_y, §4.1: the labels y^ (N, K) float32 of the training images, whose classes are labels (N,).
+def label_augmentation(how, classes, K, p=None, alpha=0.1):
+    """T_y, §4.2: y_hat (N, K) float32 of the training images, whose classes (N,) are given.
 
-    p (N, K): C's probabilities, for soft and ols. mixup and cotrain change them in the loop.
+    p (N, K): their `soft_labels`, for soft and ols. mixup and cotrain change what is returned in the loop.
     """
-    y = F.one_hot(labels, K).double()
+    y = F.one_hot(classes, K).double()
     if how == "soft":
         y = p
     elif how == "smooth":
         y = smooth_labels(y, alpha)
     elif how == "ols":
-        y = online_label_smoothing(p.double(), labels)[labels]
+        y = online_label_smoothing(p.double(), classes)[classes]
     return y.float()
 
 
-def borrowed(y, threshold=0.01):
-    """(K,) int64: the images that count for each class, those whose label gives it more than 0.01 (§4.2; Table 1). y (N, K)."""
-    return (y.double() > threshold).sum(0)
+COUNTS = 0.01
+
+
+def borrowed(y_hat):
+    """(K,) int64: the images that count for each class, whose label gives it more than 0.01 (§4.2; Table 1). y_hat (N, K)."""
+    return (y_hat.double() > COUNTS).sum(0)
 
 
 def diffaugment(x, policy):
@@ -294,7 +327,8 @@ def diffaugment(x, policy):
     pixel = torch.arange(R)
     if "translation" in policy:
         reach = round(R / 8)
-        rows, columns = pixel + torch.randint(2 * reach + 1, (2, B, 1))  # (B, R) each: which pixels of the padded image
+        # (B, R) each: row i of the result is row rows[b, i] of image b, padded
+        rows, columns = pixel + torch.randint(2 * reach + 1, (2, B, 1))
         index = torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]
         padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
         x = padded[tuple(i.to(x.device) for i in index)].permute(0, 3, 1, 2)
@@ -315,7 +349,9 @@ def diffaugment(x, policy):
 #   32  4,273,667 + 3,072 K / 4,204,801 + 256 K          128  49,200,804 + 128 K / 60,034,482 + 1,280 K
 #   64  17,285,604 + 128 K / 30,532,721 + 1,280 K        256  57,460,004 + 128 K / 67,842,802 + 1,280 K
 CHANNELS = {16: (4, 4, 4), 32: (4, 4, 4, 4), 64: (16, 8, 4, 2, 1), 128: (16, 16, 8, 4, 2, 1), 256: (16, 16, 8, 8, 4, 2, 1)}
-FLAT_LATENT, CHUNK, EMBEDDING = 128, 20, 128  # d_z up to 32 pixels; of each part above; the shared embedding (P, §4.3)
+FLAT_LATENT = 128  # d_z up to 32 pixels: P, §4.3
+CHUNK = 20  # of z, above: for the first layer and for each block: P
+EMBEDDING = 128  # of the class, above: P
 ATTENTION_AT = 64  # pixels. At image size 64 the discriminator has none: no block of it gives 64 x 64
 
 
@@ -373,7 +409,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.query, self.key = (nn.Conv2d(channels, channels // 8, 1, bias=False) for _ in range(2))
+        self.query, self.key = (nn.Conv2d(channels, max(1, channels // 8), 1, bias=False) for _ in range(2))
         self.value = nn.Conv2d(channels, channels // 2, 1, bias=False)
         self.out = nn.Conv2d(channels // 2, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
@@ -411,8 +447,9 @@ class Generator(nn.Module):
         self.first = nn.Linear(CHUNK if self.hierarchical else FLAT_LATENT, 4 * 4 * widths[0])
         self.blocks = nn.ModuleList([GeneratorBlock(a, b, code_size, eps) for a, b in pairwise(widths)])
         self.attention = nn.ModuleDict(
-            {str(i): Attention(b) for i, b in enumerate(widths[1:]) if 8 * 2**i == ATTENTION_AT})
+            {str(i): Attention(b) for i, b in enumerate(widths[1:]) if 8 * 2**i == ATTENTION_AT})  # what block i gives
         self.norm, self.last = nn.BatchNorm2d(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        # Without spectral norm, as in A: what stands for an embedding of the classes.
         by_code = [layer for block in self.blocks for n in (block.norm1, block.norm2) for layer in (n.gain, n.shift)]
         initialise(self, image_size, plain=[self.shared] if self.hierarchical else by_code)
 
@@ -440,7 +477,7 @@ class Discriminator(nn.Module):
     def __init__(self, image_size, width, num_classes):
         super().__init__()
         widths = [3] + [width * c for c in reversed(CHANNELS[image_size])]
-        # To 8 x 8 pixels up to 32, to 4 x 4 above; the blocks that are left keep the size.
+        # To 8 x 8 pixels up to 32, to 4 x 4 above; the remaining blocks keep the size.
         downs = int(math.log2(image_size // 8 if image_size <= 32 else image_size // 4))
         layers = []
         for i, (a, b) in enumerate(pairwise(widths)):
@@ -452,7 +489,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x, y):
         phi = self.phi(x).float().sum((2, 3))  # (B, l): the sum over the pixels, not the mean
-        with torch.autocast(x.device.type, enabled=False):  # scores are compared with 1: not in 8 bits
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 8 bits: too few to compare scores with 1
             return (phi * self.V(y)).sum(1) + self.psi(phi)[:, 0]
 
 
@@ -460,7 +497,7 @@ class Discriminator(nn.Module):
 # Sampling
 # ----------------------------------------------------------------------------------------------------------------------
 SAMPLING_BATCH = 250  # images
-GRID, FINAL = range(2)  # two kinds of samples; they do not share their noise
+GRID, FINAL = range(2)  # the pictures on the way, and what is scored; they do not share their noise
 
 
 def latents(n, size, kind, seed):
@@ -496,7 +533,8 @@ def load_checkpoint(path, device):
     if not Path(path).is_file():
         fail(f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        state = torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can't run code
+        return state | {"settings": state["settings"]}  # or it is no checkpoint of a run
     except Exception as error:  # zip, pickle and file errors alike
         reason = str(error).splitlines()[0]
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
@@ -520,36 +558,39 @@ def trim_log(path, step):
             file.write("".join(line + "\n" for line in lines).encode())
 
 
-def classifier_labels(args, train, run_dir, device):
-    """p (N, K) float32: what the classifier makes of each training image, neither mirrored nor augmented.
+def stored_soft_labels(args, train, run_dir, device):
+    """p (N, K): the `soft_labels` of the training images, computed once: from then on read from soft_labels.npz of the run.
 
-    Computed once and kept with the run as soft_labels.npz, which is read from then on. Raises InputError.
+    Trains the classifier first where none is given. Raises InputError.
     """
-    path = run_dir / "soft_labels.npz"
-    stored = None
+    path, stored = run_dir / "soft_labels.npz", None
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
-                stored = torch.from_numpy(file["probabilities"]), str(file["training_data"]), str(file["classifier"])
+                stored, made_for, made_by = (file[name] for name in ("probabilities", "training_data", "classifier"))
+            if stored.shape != (len(train.labels), len(train.classes)) or not np.allclose(stored.sum(1), 1, atol=1e-3):
+                raise ValueError(f"they are {stored.shape}, or not probabilities")
         except Exception as error:  # zip, zlib and NumPy have their own
             raise InputError(f"{path} is damaged ({error}); without it they are computed again") from error
-        if stored[1] != train.fingerprint:
+        if made_for != train.fingerprint:
             fail(f"{path} labels other images than {args.dataset} has now; choose another --run-dir")
-    if stored and args.classifier is None:
-        return stored[0]
+        if args.classifier is None:
+            return torch.from_numpy(stored)
     C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size, args.rho, device=device,
                           soft_labels=True)
     sha = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest()
-    if stored and stored[2] != sha:
+    if stored is not None and made_by != sha:
         fail(f"{run_dir} has the labels of another classifier than {C.info['path']}; choose another --run-dir")
-    if stored:
-        return stored[0]
-    with torch.no_grad():
-        p = torch.cat([C(x.to(device) / 127.5 - 1).softmax(1).cpu() for x in train.images.split(SAMPLING_BATCH)])
+    known = "test" if C.info["tested_on_unseen_images"] else "training"
+    right = ", ".join(f"{name} {share:.1%}" for name, share in C.info["test_accuracy"].items() if share is not None)
+    print(f"labels by {C.info['path']}, {known} images right: {right}", flush=True)
+    if C.info["settings"].get("training_data") != train.fingerprint:  # S, Fig. 5, takes others on purpose
+        print(f"warning: it has learnt from other images than {args.dataset}'s", file=sys.stderr, flush=True)
+    if stored is not None:
+        return torch.from_numpy(stored)
+    p = soft_labels(C, train.images, device)
     with atomic_write(path) as file:
         np.savez(file, probabilities=p.numpy(), training_data=train.fingerprint, classifier=sha)
-    right = ", ".join(f"{name} {share:.1%}" for name, share in C.info["test_accuracy"].items() if share is not None)
-    print(f"labels by {C.info['path']}, test images right: {right}; kept as {path}", flush=True)
     return p
 
 
@@ -558,7 +599,7 @@ def classifier_labels(args, train, run_dir, device):
 # ----------------------------------------------------------------------------------------------------------------------
 LOG_EVERY = 50  # steps of G
 GRID_ROWS, GRID_COLUMNS = 10, 10  # classes, evenly spaced from head to tail, and samples of each
-LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # Eqs 3 and 2, the classifier of cotrain, mean scores; as in the log
+LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # as in the log: Eqs 3 and 2, cotrain's C, scores; of D's last step
 MIXUP = 0.2  # lambda ~ Beta(0.2, 0.2): A
 
 
@@ -574,13 +615,19 @@ def write_grid(path, images, columns):
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
 
 
-def draw_borrowed(path, train, y, classes):
-    """Fig. 2: images of other classes that count most for each of these classes, a row each; y (N, K): labels of all images."""
-    rows = []
-    for k in classes:
-        others = y[:, k].masked_fill(train.labels == k, -1)
-        rows.append(train.images[others.topk(min(GRID_COLUMNS, len(others))).indices])
-    write_grid(path, torch.cat(rows), len(rows[0]))
+def draw_borrowed(path, train, y_hat, rows):
+    """Fig. 2: for each of these classes, a row each, the images of other classes that count most for it; y_hat (N, K).
+
+    White where fewer than a row of them count at all, see `borrowed`. Equals come in random order.
+    """
+    grid = torch.full((len(rows), GRID_COLUMNS, *train.images.shape[1:]), 255, dtype=torch.uint8)
+    shuffled = torch.randperm(len(y_hat), generator=torch.Generator().manual_seed(0))
+    for row, k in zip(grid, rows, strict=True):
+        mine = y_hat[shuffled, k].masked_fill(train.labels[shuffled] == k, 0)
+        best = mine.argsort(descending=True, stable=True)[:GRID_COLUMNS]
+        found = train.images[shuffled[best[mine[best] > COUNTS]]]
+        row[: len(found)] = found
+    write_grid(path, grid.flatten(0, 1), GRID_COLUMNS)
 
 
 # same in: cbgan.py
@@ -612,20 +659,34 @@ def main(argv=None):
     elif args.eval_only:
         fail(f"--eval-only: there is no checkpoint in {run_dir}")
 
-    # y^: what D is told of each training image, (N, K). A mirrored image keeps its label (A).
-    p = classifier_labels(args, train, run_dir, device) if args.labels in ("soft", "ols") else None
-    labels = label_augmentation(args.labels, train.labels, K, p, args.smoothing)
-    labels_hash = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    if K < 2:
+        fail(f"{args.dataset} has one class; a conditional GAN needs two")
+    if args.eval_images:
+        datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho)  # missing? now, not in the end
+
+    # y_hat: what D is told of each training image, (N, K). A mirrored image keeps its label (A).
+    p = stored_soft_labels(args, train, run_dir, device) if args.labels in ("soft", "ols") else None
+    y_hat = label_augmentation(args.labels, train.labels, K, p, args.smoothing)
+    labels_hash = hashlib.sha256(y_hat.numpy().tobytes()).hexdigest()
     if state and state["labels_hash"] != labels_hash:
         fail(f"{run_dir} holds a run with other labels; choose another --run-dir")
     order = torch.from_numpy(datasets.head_to_tail(train.counts))
     grid_rows = order[torch.linspace(0, K - 1, min(K, GRID_ROWS)).round().long()]
-    facts = describe_labels(labels, train.labels)
-    counted = borrowed(labels)
+    facts, counted = {}, [None] * K  # what mixup and cotrain make of the labels is settled in the loop
+    if args.labels not in ("mixup", "cotrain"):
+        facts, counted = describe_labels(y_hat, train.labels), borrowed(y_hat).tolist()
     if args.labels in ("soft", "smooth", "ols"):
         print(f"labels {args.labels}: mean of the largest probability {facts['max_probability']:.3f}, entropy "
-              f"{facts['entropy']:.3f}; images that count for a class: {int(counted.min())} to {int(counted.max())}, of "
-              f"{int(train.counts.min())} to {int(train.counts.max())} in it", flush=True)
+              f"{facts['entropy']:.3f}; images that count for a class: {min(counted)} to {max(counted)}, "
+              f"ratio {max(counted) / max(1, min(counted)):.1f}; its own: {int(train.counts.min())} to "
+              f"{int(train.counts.max())}, ratio {train.counts.max() / train.counts.min():.1f}", flush=True)
+    if args.labels in ("soft", "ols"):
+        warn_of_collapse(facts, K)
+        lost = [name for name, mass, n_c in zip(train.classes, y_hat.sum(0), train.counts, strict=True) if mass < n_c / 4]
+        if lost:  # CHOICE: a quarter
+            print(f"warning: the classifier gives {', '.join(lost)} less than a quarter of the probability that their images "
+                  "would have: D hears little of them", file=sys.stderr, flush=True)
+        draw_borrowed(run_dir / "samples" / "borrowed.png", train, y_hat, grid_rows)
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
@@ -636,7 +697,7 @@ def main(argv=None):
     (means, values), (copies, originals) = state_pairs(ema, G)
     adam = dict(betas=(0.0, 0.999), eps=1e-8 if args.image_size <= 32 else 1e-6, fused=device.type in ("cuda", "cpu"))  # A
     optimizer_G, optimizer_D = (torch.optim.Adam(n.parameters(), lr, **adam) for n, lr in ((G, args.lr), (D, args.lr_d)))
-    batches = datasets.Batches(train, B * args.d_steps, args.oversample or "data", args.flip, device, args.seed, labels)
+    batches = datasets.Batches(train, B * args.d_steps, args.oversample or "data", args.flip, device, args.seed, y_hat)
     modules = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D, "batches": batches}
     if args.labels == "cotrain":
         C, optimizer_C = build_soft_classifier(args.dataset, K, args.image_size, device)
@@ -655,8 +716,6 @@ def main(argv=None):
           f"{parameters[1]:,} parameters; {device}{', bf16' if amp else ''}; {run_dir}"
           f"{f'; resumed at step {start}' if start else ''}", flush=True)
 
-    if args.labels in ("soft", "smooth", "ols"):
-        draw_borrowed(run_dir / "samples" / "borrowed.png", train, labels, grid_rows)
     net_G, net_D = (torch.compile(n) if args.compile else n for n in (G, D))
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp)  # noqa: E731
     d_z = latent_size(args.image_size)
@@ -698,7 +757,7 @@ def main(argv=None):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         with atomic_write(run_dir / "config.json") as file:
             config = {"settings": vars(args), **environment(), "device": name, "bf16": amp, "parameters": parameters,
-                      "labels": facts | {"images_that_count": dict(zip(train.classes, counted.tolist(), strict=True))}}
+                      "labels": facts | {"images_that_count": dict(zip(train.classes, counted, strict=True))}}
             file.write(json.dumps(config, indent=2).encode())
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
@@ -714,7 +773,7 @@ def main(argv=None):
                 # Discriminator, --d-steps times. Real and fake images in one pass.
                 for x, y in zip(x_all.split(B), y_all.split(B), strict=True):
                     L_C = torch.zeros((), device=device)
-                    if args.labels == "cotrain":  # CHOICE (P has one sentence on it): a step of C, then its labels
+                    if args.labels == "cotrain":  # CHOICE (S has one sentence on it): labels from C's own pass
                         with autocast():
                             logits = C(x).float()
                         L_C = entropy_rewarded_loss(logits, y.argmax(1))
@@ -783,6 +842,7 @@ def main(argv=None):
         where = run_dir / f"sample-seed-{args.sample_seed}" if args.sample_seed else run_dir
         y = (torch.arange(args.eval_images) % K).sort().values
         images = generate(ema, latents(len(y), d_z, FINAL, args.sample_seed), y, K, amp)
+        print(f"{len(y)} samples of step {start}", flush=True)
         with atomic_write(where / "samples.npz") as file:
             np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=y.numpy())
         try:
@@ -793,7 +853,7 @@ def main(argv=None):
             return
         result["protocol"] |= {"step": start, "sample_seed": args.sample_seed}
         result["per_class"] = [row | {"images_that_count": n}
-                               for row, n in zip(result["per_class"], counted.tolist(), strict=True)]
+                               for row, n in zip(result["per_class"], counted, strict=True)]
         metrics.write_scores(result, where)
         print(metrics.format_table(result))
 

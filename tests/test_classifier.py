@@ -587,7 +587,8 @@ def test_what_a_classifier_trained_to_the_end_says(K):
     for w in (0.1, 0.3, 0.7):
         star = scipy.optimize.brentq(lambda p: 1 / p - w * math.log((K - 1) * p / (1 - p)), 1 / K, 1 - 1e-12)  # noqa: B023
         logits = torch.randn(1, K, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-14)
+        optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-14,
+                                      line_search_fn="strong_wolfe")
 
         def loss():
             optimizer.zero_grad()  # noqa: B023
