@@ -342,8 +342,8 @@ def judge(tmp_path_factory):
     return str(where / "classifier.pt")
 
 
-TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8", "--steps", "3",
-        "--sample-every", "0", "--eval-images", "0"]  # fmt: skip
+TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
+        "--steps", "3", "--sample-every", "0", "--eval-images", "0"]  # fmt: skip
 AUGMENTED = ["--diffaug", "color,translation,cutout"]
 
 
