@@ -83,7 +83,9 @@ FEW_LABELS_STEPS = 500
 # script for Stanford Cars: its rate falls to a tenth every 7 epochs. It turns images by up to 15 degrees; we do not.
 HELD_OUT, PATIENCE = 0.1, 15  # CHOICE; see `held_out`. Epochs without a smaller held-out loss, after which training stops
 SOFT_LABELS = dict(head="spinal", entropy_weight=0.3, hold_out=HELD_OUT)
-SOFT_RECIPE = PAPER_RECIPE | SOFT_LABELS | dict(epochs=60, batch_size=64, schedule="cosine")
+# Chosen by the held-out loss: with LDAM-DRW's rate and decay and batches of 64 it is 2.67 on cifar100imb (this: 2.44); on
+# cifar10imb there is no difference (0.52).
+SOFT_RECIPE = PAPER_RECIPE | SOFT_LABELS | dict(epochs=60, batch_size=32, lr=0.05, weight_decay=5e-4, schedule="cosine")
 SOFT_LARGE_RECIPE = SOFT_RECIPE | dict(network="wide_resnet101_2", pretrained=True, normalisation=IMAGENET_STATISTICS,
                                        epochs=25, batch_size=8, lr=0.001, schedule="sevens", weight_decay=0.0)  # fmt: skip
 MOMENTUM = 0.9  # LDAM-DRW, BiT. The decay acts on every parameter, batch norm included (LDAM-DRW)
