@@ -279,20 +279,36 @@ def moments(features, rows=2000):
 
 
 def intra_fid(real, real_labels, fake, fake_labels, num_classes=None):
-    """d^2 within each class: mean and standard deviation over the classes, and d^2 of each class, a (K,) array.
+    """d^2 within each class: mean and standard deviation over the classes, and d^2 of each class; see `intra_class`."""
+    return intra_class(frechet_distance, real, real_labels, fake, fake_labels, num_classes)
 
-    A class with fewer than two images on either side is nan, and left out of mean and deviation (nan if all are). K is
-    num_classes, or the highest label + 1. With few images a class the bias is large: compare equal numbers alone.
+
+def intra_class(score, real, real_labels, fake, fake_labels, num_classes=None, least=2):
+    """score(real, fake) within each class: mean and standard deviation over the classes, and the score of each class.
+
+    The last is a (K,) array, K = num_classes or the highest label + 1. A class with fewer than `least` images on either
+    side is nan, and left out of mean and deviation (nan if all are): 2 for distances, k + 1 where neighbours are counted.
+    Of a score of several numbers, as `precision_recall`, mean and deviation are arrays, and the last is (K, numbers).
+
+        intra_class(kernel_inception_distance, ...)
+        intra_class(precision_recall, ..., least=6)
+        intra_class(functools.partial(prd_f_beta, clusters=20), ..., least=20)
+
+    With few images a class most scores have a large bias: compare equal numbers alone.
     """
     real, fake = check_features(real, "real"), check_features(fake, "fake")
     real_labels, fake_labels = check_labels(real_labels, real, "real"), check_labels(fake_labels, fake, "fake")
-    per_class = np.full(num_classes or 1 + max(real_labels.max(), fake_labels.max()), np.nan)
-    for k in range(len(per_class)):
+    found = {}
+    for k in range(num_classes or 1 + max(real_labels.max(), fake_labels.max())):
         a, b = real[real_labels == k], fake[fake_labels == k]
-        if len(a) >= 2 and len(b) >= 2:
-            per_class[k] = frechet_distance(a, b)
-    found = per_class[~np.isnan(per_class)]
-    return (float(found.mean()), float(found.std()), per_class) if len(found) else (math.nan, math.nan, per_class)
+        found[k] = score(a, b) if min(len(a), len(b)) >= least else math.nan
+    shape = max((np.shape(x) for x in found.values()), default=())
+    per_class = np.array([np.broadcast_to(x, shape) for x in found.values()], np.float64)
+    there = per_class[~np.isnan(per_class).reshape(len(per_class), -1).any(1)]
+    if not len(there):
+        return math.nan, math.nan, per_class
+    mean, deviation = there.mean(0), there.std(0)
+    return (mean, deviation, per_class) if shape else (float(mean), float(deviation), per_class)
 
 
 def check_labels(labels, features, name):
@@ -301,6 +317,230 @@ def check_labels(labels, features, name):
     if labels.shape != (len(features),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"{name}: wanted are {len(features)} class indices, got {labels.dtype} {labels.shape}")
     return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel distance, precision and recall
+# ----------------------------------------------------------------------------------------------------------------------
+# These compare every image with every other. A tile of the N x M table is at hand at a time, in float64: 50,000 x 50,000
+# distances take 25e8 numbers (20 GB) in one piece, and 0.6 GB in tiles. Tensors are worked on where they are (a GPU).
+TILE = 4096  # rows and columns; 134 MB
+
+
+def tiles(rows, columns):
+    """Pairs of slices (i, j) that cover a table of rows x columns, with a progress bar if there are many."""
+    many = range(0, rows, TILE), range(0, columns, TILE)
+    pairs = [(slice(i, i + TILE), slice(j, j + TILE)) for i in many[0] for j in many[1]]
+    return tqdm(pairs, "pairs", leave=False, dynamic_ncols=True) if len(pairs) > 30 else pairs
+
+
+def as_pair(real, fake):
+    """Both as tensors on one device; raises ValueError unless they are finite (N, D) and (M, D), N and M at least 2."""
+    for features, name in ((real, "real"), (fake, "fake")):
+        check_features(features, name)
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}")
+    return real, fake.to(real.device)
+
+
+def kernel_inception_distance(real, fake):
+    """KID (Binkowski et al. 2018): the unbiased estimate of MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3.
+
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    real (N, D), fake (M, D). Over all pairs: the number that the mean over subsets (`kid_of_subsets`) estimates, without
+    the chance of choosing them. Its expectation does not depend on N and M, as that of FID does; it may come out below 0.
+    """
+    real, fake = as_pair(real, fake)
+
+    def kernel_mean(a, b, same):
+        total = 0.0
+        for i, j in tiles(len(a), len(b)):
+            if same and i.start > j.start:  # the table is symmetric: twice the half above the diagonal
+                continue
+            k = (a[i].double() @ b[j].double().T / a.shape[1] + 1) ** 3
+            total += k.sum().item() * (2 if same and i.start < j.start else 1)
+            if same and i.start == j.start:
+                total -= k.diagonal().sum().item()
+        return total / (len(a) * (len(b) - same))
+
+    return kernel_mean(real, real, True) + kernel_mean(fake, fake, True) - 2 * kernel_mean(real, fake, False)
+
+
+def kid_of_subsets(real, fake, subsets=100, size=1000, seed=0):
+    """KID as papers print it: mean and standard deviation over pairs of random subsets of `size` images each.
+
+    The deviation is that of subsets of this size, not the error of the mean. size is cut to the smaller of the two sets.
+    """
+    real, fake = as_pair(real, fake)
+    size, rng = min(size, len(real), len(fake)), np.random.default_rng(seed)
+    scores = [
+        kernel_inception_distance(*(x[torch.from_numpy(rng.choice(len(x), size, replace=False))] for x in (real, fake)))
+        for _ in range(subsets)
+    ]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# Around each image lies a ball that reaches to its k-th nearest neighbour in its own set (itself not counted; a duplicate
+# is a neighbour at distance 0). With the balls of the real images r, and of the fake ones f:
+#
+#     precision   share of fake images inside a real ball at least     is what it makes real?     Kynkaanniemi et al. 2019
+#     recall      share of real images inside a fake ball at least     is all that is real made?
+#     density     number of real balls that a fake image lies in, over k, on average; may exceed 1     Naeem et al. 2020
+#     coverage    share of real balls with a fake image inside
+#
+# "Inside" is strictly nearer than the radius (prdc, the code of CBDM and of Softlabel-GAN). All four are counts of
+# comparisons, so they have to be decided right: |x|^2 + |y|^2 - 2 x.y is fast but rounded, and where two sets share images
+# distance and radius are the same number. Pairs too near to call are measured again, by differences.
+def exact_squares(a, b):
+    """|a_i - b_i|^2 of rows (P, D): float64 on `a`'s device, the same to the last bit for (b, a) and for any P."""
+    sums = [np.square(x.double().cpu().numpy() - y.double().cpu().numpy()).sum(1)
+            for x, y in zip(a.split(TILE), b.split(TILE), strict=True)]  # NumPy: torch's order of summing depends on P
+    return torch.from_numpy(np.concatenate(sums)).to(a.device)
+
+
+def fast_squares(a, b):
+    """|a_i - b_j|^2 of (n, D), (m, D): float64 (n, m), and how far off an entry may be."""
+    a, b = a.double(), b.double()
+    squares_a, squares_b = (a * a).sum(1), (b * b).sum(1)
+    slack = 4 * a.shape[1] * torch.finfo(torch.float64).eps * (squares_a.max() + squares_b.max())
+    return torch.addmm(squares_a[:, None] + squares_b, a, b.T, alpha=-2), slack
+
+
+def neighbour_radii(features, k=5):
+    """Squared distance of each image to its k-th nearest neighbour among the others; (N, D) -> (N,) float64, N > k."""
+    features = torch.as_tensor(features)
+    check_features(features, "features")
+    if len(features) <= k:
+        raise ValueError(f"{len(features)} images have no {k}-th neighbours")
+    few = min(k + 3, len(features) - 1)  # three more: rounding may swap neighbours that are equally far but for 1e-12
+    near = torch.full((len(features), few), math.inf, dtype=torch.float64, device=features.device)
+    index = torch.zeros(len(features), few, dtype=torch.int64, device=features.device)
+    for i, j in tiles(len(features), len(features)):
+        squares, _ = fast_squares(features[i], features[j])
+        if i.start == j.start:
+            squares.fill_diagonal_(math.inf)
+        found, place = squares.topk(min(few, squares.shape[1]), largest=False)
+        both = torch.cat([near[i], found], 1), torch.cat([index[i], place + j.start], 1)
+        near[i], best = both[0].topk(few, largest=False)
+        index[i] = both[1].gather(1, best)
+    radii = [exact_squares(features[i].repeat_interleave(few, 0), features[index[i].flatten()]).view(-1, few)
+             for i in (slice(n, n + 512) for n in range(0, len(features), 512))]  # 512: 64 MB of 2,048 features
+    return torch.cat(radii).kthvalue(k, 1).values
+
+
+def balls(real, fake, k=5, real_radii=None):
+    """precision, recall, density, coverage: one pass over all pairs; real (N, D), fake (M, D), N and M more than k.
+
+    real_radii: `neighbour_radii` of the real images, if they are known.
+    """
+    real, fake = as_pair(real, fake)
+    r = neighbour_radii(real, k) if real_radii is None else torch.as_tensor(real_radii).to(real.device)
+    f = neighbour_radii(fake, k)
+    around_fake = torch.zeros(len(fake), dtype=torch.int64, device=real.device)  # real balls that a fake image lies in
+    covered, recalled = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    for i, j in tiles(len(real), len(fake)):
+        squares, slack = fast_squares(real[i], fake[j])
+        for radii in (r[i, None], f[None, j]):
+            for near in ((squares - radii).abs_() <= slack).nonzero().split(TILE):
+                a, b = near.unbind(1)
+                squares[a, b] = exact_squares(real[i][a], fake[j][b])
+        inside = squares < r[i, None]
+        around_fake[j] += inside.sum(0)
+        covered[i] |= inside.any(1)
+        recalled[i] |= (squares < f[None, j]).any(1)
+    return tuple(x.double().mean().item() for x in (around_fake > 0, recalled, around_fake / k, covered))
+
+
+def precision_recall(real, fake, k=5):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), each in [0, 1]; see above. Exchanging the sets exchanges them.
+
+    k = 5 as in CBDM's code; 3 in the paper that they are from. Both sets need more than k images (else ValueError), and
+    more images make smaller balls: equal numbers, or no comparison.
+    """
+    return balls(real, fake, k)[:2]
+
+
+def density_coverage(real, fake, k=5):
+    """Density (Naeem et al. 2020), 0 or more, about 1 for equal sets, and coverage, in [0, 1]; see above."""
+    return balls(real, fake, k)[2:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision and recall of distributions
+# ----------------------------------------------------------------------------------------------------------------------
+# Sajjadi et al. 2018. Both sets are cut into the same clusters; p and q are the shares of the real and of the fake images in
+# each. For every slope lambda in (0, inf), how much of q can be told to be p's, and the reverse:
+#
+#     precision(lambda) = sum_c min(lambda p_c, q_c),     recall(lambda) = precision(lambda) / lambda
+#     F_beta = (1 + beta^2) precision recall / (beta^2 precision + recall), the largest on the curve
+ANGLES = 1001  # lambda = tan(angle), equally spaced in (0, pi / 2); the authors' code
+CLUSTERINGS = 10  # that the curve is averaged over; the authors' code, CBDM
+
+
+def prd_f_beta(real, fake, clusters, beta=8, clusterings=CLUSTERINGS, seed=0):
+    """F_beta and F_(1/beta) of two sets of features (N, D), (M, D): two numbers in [0, 1].
+
+    The first, F_8, leans to recall: it sees modes that are missing. The second, F_1/8, leans to precision: it sees images
+    that are like nothing real. (CBDM's code prints them under exchanged names.)
+
+    clusters      20 for each class in CBDM
+    clusterings   over which the curve is averaged. Each draws its own random start, and as many images from the larger
+                  set as the smaller has: the clusters would go where the larger one is
+    raises        ValueError if a set has fewer images than there are clusters
+    """
+    real, fake = as_pair(real, fake)
+    n = min(len(real), len(fake))
+    if n < clusters:
+        raise ValueError(f"{clusters} clusters of {n} images")
+    curves = []
+    for run in range(clusterings):
+        rng = np.random.default_rng([seed, run])
+        both = torch.cat([x if len(x) == n else x[torch.from_numpy(rng.permutation(len(x))[:n])] for x in (real, fake)])
+        mine = k_means(both, clusters, rng)
+        p, q = (torch.bincount(part, minlength=clusters).double().cpu().numpy() / n for part in mine.split(n))
+        curves.append(prd_curve(p, q))
+    precision, recall = np.mean(curves, 0)
+    return f_beta(precision, recall, beta), f_beta(precision, recall, 1 / beta)
+
+
+def prd_curve(p, q):
+    """precision (1001,), recall (1001,) of the histograms p (real) and q (fake), each with the sum 1."""
+    slope = np.tan(np.linspace(1e-6, np.pi / 2 - 1e-6, ANGLES))
+    precision = np.minimum(slope[:, None] * p, q).sum(1)
+    return precision.clip(0, 1), (precision / slope).clip(0, 1)
+
+
+def f_beta(precision, recall, beta):
+    """The largest F_beta on a curve; 0 where precision and recall are both 0."""
+    weighted = beta**2 * precision + recall
+    return float(((1 + beta**2) * precision * recall / np.where(weighted > 0, weighted, 1)).max())
+
+
+def k_means(x, clusters, rng, passes=3):
+    """Mini-batch k-means (Sculley 2010): the cluster of each row of x (N, D), (N,) int64.
+
+    A centre is the mean of all rows that it was ever the nearest to, batch after batch. float32: which of two equally near
+    clusters a row falls into matters as little as the random start.
+    CHOICE: starts from random rows, and takes three passes. scikit-learn's, which papers use, chooses the start with
+    more care (k-means++) and takes the best of ten; here the average over clusterings does that.
+    """
+    x = (x - x.mean(0)).float()
+    centres = x[torch.from_numpy(rng.permutation(len(x))[:clusters])].clone()
+    seen = torch.zeros(clusters, device=x.device)
+
+    def nearest(rows):  # |x|^2 is the same for every centre
+        return torch.addmm((centres * centres).sum(1), rows, centres.T, alpha=-2).argmin(1)
+
+    for _ in range(passes):
+        for rows in x[torch.from_numpy(rng.permutation(len(x)))].split(max(1000, clusters)):
+            mine = nearest(rows)
+            new = torch.bincount(mine, minlength=clusters)
+            seen += new
+            step = torch.zeros_like(centres).index_add_(0, mine, rows) - new[:, None] * centres
+            centres += step / seen.clamp(min=1)[:, None]
+    return torch.cat([nearest(rows) for rows in x.split(TILE)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
