@@ -160,7 +160,7 @@ def weights_path(url):
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def fetch_weights(url):
+def fetch_weights(url, instead="take --features classifier:PATH"):
     """The state dict at `url`, from torch.hub's cache if it is there. Raises InputError: what to put where."""
     path = weights_path(url)
     cached = path.exists()
@@ -170,7 +170,7 @@ def fetch_weights(url):
         if cached:
             raise InputError(f"{path} is damaged ({type(error).__name__}); put a good copy there") from error
         raise InputError(
-            f"cannot download {url} ({error}); copy that file to {path}, or take --features classifier:PATH"
+            f"cannot download {url} ({error}); copy that file to {path}, or {instead}"
         ) from error
 
 
@@ -322,9 +322,9 @@ def check_labels(labels, features, name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernel distance, precision and recall
 # ----------------------------------------------------------------------------------------------------------------------
-# These compare every image with every other. A tile of the N x M table is at hand at a time, in float64: 50,000 x 50,000
-# distances take 25e8 numbers (20 GB) in one piece, and 0.6 GB in tiles. Tensors are worked on where they are (a GPU).
-TILE = 4096  # rows and columns; 134 MB
+# These compare every image with every other. One tile of the N x M table is at hand at a time, in float64: 50,000 x 50,000
+# distances would be 20 GB in one piece; a tile with all that is made of it is 0.2 GB. Tensors stay where they are (a GPU).
+TILE = 2048  # rows and columns; 34 MB
 
 
 def tiles(rows, columns):
@@ -336,9 +336,9 @@ def tiles(rows, columns):
 
 def as_pair(real, fake):
     """Both as tensors on one device; raises ValueError unless they are finite (N, D) and (M, D), N and M at least 2."""
-    for features, name in ((real, "real"), (fake, "fake")):
-        check_features(features, name)
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    arrays = check_features(real, "real"), check_features(fake, "fake")
+    real, fake = (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(array, order="C", copy=None))
+                  for x, array in zip((real, fake), arrays, strict=True))
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}")
     return real, fake.to(real.device)
@@ -359,7 +359,7 @@ def kernel_inception_distance(real, fake):
         for i, j in tiles(len(a), len(b)):
             if same and i.start > j.start:  # the table is symmetric: twice the half above the diagonal
                 continue
-            k = (a[i].double() @ b[j].double().T / a.shape[1] + 1) ** 3
+            k = (a[i].double() @ b[j].double().T).div_(a.shape[1]).add_(1).pow_(3)
             total += k.sum().item() * (2 if same and i.start < j.start else 1)
             if same and i.start == j.start:
                 total -= k.diagonal().sum().item()
@@ -410,21 +410,23 @@ def fast_squares(a, b):
 
 def neighbour_radii(features, k=5):
     """Squared distance of each image to its k-th nearest neighbour among the others; (N, D) -> (N,) float64, N > k."""
-    features = torch.as_tensor(features)
-    check_features(features, "features")
+    features, _ = as_pair(features, features)
     if len(features) <= k:
         raise ValueError(f"{len(features)} images have no {k}-th neighbours")
     few = min(k + 3, len(features) - 1)  # three more: rounding may swap neighbours that are equally far but for 1e-12
     near = torch.full((len(features), few), math.inf, dtype=torch.float64, device=features.device)
     index = torch.zeros(len(features), few, dtype=torch.int64, device=features.device)
     for i, j in tiles(len(features), len(features)):
+        if i.start > j.start:  # the table is symmetric
+            continue
         squares, _ = fast_squares(features[i], features[j])
         if i.start == j.start:
             squares.fill_diagonal_(math.inf)
-        found, place = squares.topk(min(few, squares.shape[1]), largest=False)
-        both = torch.cat([near[i], found], 1), torch.cat([index[i], place + j.start], 1)
-        near[i], best = both[0].topk(few, largest=False)
-        index[i] = both[1].gather(1, best)
+        for rows, columns, table in ((i, j, squares), (j, i, squares.T))[: 1 + (i.start < j.start)]:
+            found, place = table.topk(min(few, table.shape[1]), largest=False)
+            both = torch.cat([near[rows], found], 1), torch.cat([index[rows], place + columns.start], 1)
+            near[rows], best = both[0].topk(few, largest=False)
+            index[rows] = both[1].gather(1, best)
     radii = [exact_squares(features[i].repeat_interleave(few, 0), features[index[i].flatten()]).view(-1, few)
              for i in (slice(n, n + 512) for n in range(0, len(features), 512))]  # 512: 64 MB of 2,048 features
     return torch.cat(radii).kthvalue(k, 1).values
@@ -544,6 +546,76 @@ def k_means(x, clusters, rng, passes=3):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# LPIPS
+# ----------------------------------------------------------------------------------------------------------------------
+# Zhang et al. 2018. How different two images look: AlexNet's five layers, each position's channels scaled to length 1;
+#
+#     d(x, y) = sum_layers mean_positions sum_channels w_c (f_c(x) - f_c(y))^2
+#
+# with weights w learnt from human judgements. As a score of a set, its mean over all pairs of images. The sum is a squared
+# distance of vectors, and the mean of those over all pairs is twice the unbiased variance, summed over the entries: no
+# pairs are needed, n images cost n passes through AlexNet.
+LPIPS_WEIGHTS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
+LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]; its `ScalingLayer`
+LPIPS_SMALLEST = 31  # pixels a side; below, AlexNet's second pooling has nothing left to pool
+
+
+class Lpips(typing.NamedTuple):
+    layers: torch.nn.Sequential  # AlexNet's convolutions
+    weights: list  # of the five layers, (C, 1, 1)
+
+
+def load_lpips(device="cpu"):
+    """AlexNet with torchvision's weights, and the published weights of LPIPS (version 0.1). Raises InputError."""
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    instead = "leave lpips out of --scores"
+    body, heads = fetch_weights(url, instead), fetch_weights(LPIPS_WEIGHTS, instead)
+    with torch.random.fork_rng(devices=[]):
+        network = alexnet()
+    try:
+        network.load_state_dict(body)
+    except (AttributeError, RuntimeError) as error:
+        raise InputError(f"{weights_path(url)} does not hold the weights of {url}; delete it") from error
+    convolutions = [layer for layer in network.features if isinstance(layer, torch.nn.Conv2d)]
+    try:
+        weights = [heads[f"lin{i}.model.1.weight"].view(layer.out_channels, 1, 1) for i, layer in enumerate(convolutions)]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"{weights_path(LPIPS_WEIGHTS)} does not hold the weights of LPIPS; delete it") from error
+    return Lpips(network.features.to(device).eval().requires_grad_(False), [w.to(device).double() for w in weights])
+
+
+def lpips_features(images, network):
+    """images (B, 3, H, W) uint8 on the network's device -> five (B, C, H', W'), channels of length 1 at each position."""
+    shift, scale = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (LPIPS_SHIFT, LPIPS_SCALE))
+    x, features = (images / 127.5 - 1 - shift) / scale, []
+    for layer in network.layers:
+        x = layer(x)
+        if isinstance(layer, torch.nn.ReLU):
+            features.append(x / ((x * x).sum(1, keepdim=True).sqrt() + 1e-10))  # 1e-10: as the published code
+    return features
+
+
+@torch.no_grad()
+def lpips_diversity(images, network=None, device="cpu", batch_size=100):
+    """Mean LPIPS over all pairs of images (N, 3, H, W) uint8, N at least 2, H and W at least 31 pixels; 0: all the same.
+
+    network: an Lpips on `device`; None: `load_lpips`. Its expectation does not depend on N. Raises InputError.
+    """
+    if len(images) < 2 or min(images.shape[2:]) < LPIPS_SMALLEST:
+        raise InputError(f"LPIPS needs two images of {LPIPS_SMALLEST} pixels a side, not {tuple(images.shape)}")
+    network, n = network or load_lpips(device), len(images)
+    total = squares = [0.0] * 5
+    for batch in torch.as_tensor(images).split(batch_size):
+        features = [f.double() for f in lpips_features(batch.to(device), network)]
+        total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
+        squares = [s + (f * f).sum(0) for s, f in zip(squares, features, strict=True)]
+    variances = [(s - t * t / n) / (n - 1) for s, t in zip(squares, total, strict=True)]
+    return 2 * sum((w * v).sum(0).mean().item() for w, v in zip(network.weights, variances, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Scores of class probabilities, labels and colours
 # ----------------------------------------------------------------------------------------------------------------------
 def inception_score(probabilities, splits=10):
@@ -626,27 +698,60 @@ def reference_key(dataset, split, rho):
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))  # the name of a folder: may hold anything
 
 
+def kept(path, made_from, make):
+    """The arrays (a dict) of the file at `path` if they are made from `made_from`, a text; else make(), written there."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["made_from"]) == made_from:
+                return {name: file[name] for name in file if name != "made_from"}
+    except Exception:  # not there, or damaged in one of many ways
+        pass
+    arrays = make()
+    try:
+        with atomic_write(path) as file:
+            np.savez(file, **arrays, made_from=made_from)
+    except InputError as error:  # a data directory that cannot be written to costs time, not the scores
+        tqdm.write(f"{path.name} is not kept: {error}")
+    return arrays
+
+
+def reference_file(real, key, network, data_dir):
+    """Where the features of an ImageSet are kept, and the text that says of which images and weights they are."""
+    weights = network.name if network.info is None else f"classifier-{network.fingerprint[:12]}"
+    path = Path(data_dir) / "features" / f"{key}-{real.images.shape[-1]}-{weights}.npz"
+    return path, f"{network.fingerprint} {hashlib.sha256(real.images.numpy().tobytes()).hexdigest()}"
+
+
 def reference_features(real, key, network, data_dir, device, batch_size):
     """Features (N, D) of an ImageSet: from <data_dir>/features/<key>-....npz, or extracted and kept there.
 
     The file says of which images and which weights it is; for others, or damaged, it is made again.
     """
-    weights = network.name if network.info is None else f"classifier-{network.fingerprint[:12]}"
-    path = Path(data_dir) / "features" / f"{key}-{real.images.shape[-1]}-{weights}.npz"
-    made_from = f"{network.fingerprint} {hashlib.sha256(real.images.numpy().tobytes()).hexdigest()}"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["made_from"]) == made_from:
-                return file["features"]
-    except Exception:  # not there, or damaged in one of many ways
-        pass
-    features, _ = extract_features(real.images, network, device, batch_size)
-    try:
-        with atomic_write(path) as file:
-            np.savez(file, features=features, made_from=made_from)
-    except InputError as error:  # a data directory that cannot be written to costs time, not the scores
-        tqdm.write(f"Reference features are not kept: {error}")
-    return features
+    path, made_from = reference_file(real, key, network, data_dir)
+    return kept(path, made_from, lambda: {
+        "features": extract_features(real.images, network, device, batch_size)[0]
+    })["features"]  # fmt: skip
+
+
+def reference_radii(features, parts, file):
+    """`neighbour_radii` (N,) within each part that the images (N, D) are cut into, kept beside the features.
+
+    parts   {name: (N,) the part that each image is in}; file: as of `reference_file`
+    returns {name: (N,)}, nan where a part has too few images
+    """
+    path, made_from = file
+    cut = hashlib.sha256(b"".join(np.int64(part).tobytes() for part in parts.values())).hexdigest()
+
+    def within(part):
+        radii = np.full(len(features), np.nan)
+        for p in np.unique(part):
+            mine = np.flatnonzero(part == p)
+            if len(mine) > NEIGHBOURS:
+                radii[mine] = neighbour_radii(features[torch.from_numpy(mine)], NEIGHBOURS).cpu()
+        return radii
+
+    path = path.with_name(f"{path.stem}-radii.npz")
+    return kept(path, f"{made_from} {cut} {NEIGHBOURS}", lambda: {name: within(part) for name, part in parts.items()})
 
 
 def load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size=100):
@@ -662,9 +767,29 @@ def load_reference(real, dataset, data_dir, features, reference, rho, device, ba
 # ----------------------------------------------------------------------------------------------------------------------
 # All scores of a set of samples
 # ----------------------------------------------------------------------------------------------------------------------
+# What --scores takes, and the names of its numbers in metrics.json. fd, precision ... are those of a set of images; for each
+# there is intra_..., the mean of the scores within its classes, and intra_..._std, the deviation over classes.
+SCORES = {
+    "fid": ("fd",), "kid": ("kid",), "pr": ("precision", "recall"), "dc": ("density", "coverage"), "prd": ("f8", "f1_8"),
+    "is": (), "lpips": ("lpips",),
+}  # fmt: skip
+DEFAULT_SCORES = "fid,is"  # seconds after the features; the others compare all pairs of images, or cluster them
+NEIGHBOURS = 5  # k of precision, recall, density, coverage: CBDM, Softlabel-GAN
+CLUSTERS = 20  # a class, of F_8: CBDM
+
+
+def chosen_scores(scores):
+    """The names in "fid,kid", in ["fid", "kid"] or in "all", a list. Raises InputError."""
+    names = list(SCORES) if scores == "all" else scores.split(",") if isinstance(scores, str) else list(scores)
+    for name in names:
+        if name not in SCORES:
+            raise InputError(f"unknown score {name!r}; choose from {', '.join(SCORES)}, or all")
+    return names
+
+
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None, image_size=None,
-             device="cpu", batch_size=100, seen=None):
-    """Every score of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
+             device="cpu", batch_size=100, seen=None, scores=DEFAULT_SCORES):
+    """Scores of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
 
     labels      tensor; None for a generator without classes: the scores that need none
     features    a name for `load_feature_network`; None: "inception", but for the shapes data their judge, which is
@@ -672,11 +797,14 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     reference   the split to compare with; rho and image_size as in datasets.load
     seen        (N,) the class that an annotator sees in each sample; None: what the features' own classifier sees, if
                 they are a classifier's
+    scores      names of SCORES: a list, or one text with commas between; "all": those that can be had (LPIPS needs weights),
+                protocol["left_out"] says why one is missing
     returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON. Head,
                 middle and tail are thirds of the classes by the number of *training* images. None: could not be
-                computed (a class without samples, no labels, no classifier).
+                computed (a class with too few samples, no labels, no classifier).
                     fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
-                    intra_fd, _std       mean and deviation over classes of d^2 within a class
+                    kid, precision, recall, density, coverage, f8, f1_8, lpips: if asked for
+                    intra_fd, _std       mean and deviation over classes of d^2 within a class; so for each of these
                     recognised           share that classifier or annotator take for the class it was made for
                     seen_share           share of all samples that they take for one of these classes
                     seen                 the same in numbers (per class alone)
@@ -695,6 +823,16 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                          "--image-size sets the latter")
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         raise InputError(f"labels go from {labels.min()} to {labels.max()}; {dataset} has the classes 0 to {K - 1}")
+    wanted, left_out, lpips = chosen_scores(scores), [], None
+    if "lpips" in wanted:
+        try:
+            if size < LPIPS_SMALLEST:
+                raise InputError(f"LPIPS needs images of {LPIPS_SMALLEST} pixels or more, and {dataset} has {size}")
+            lpips = load_lpips(device)
+        except InputError as error:
+            if scores != "all":
+                raise
+            left_out, wanted = [str(error)], [name for name in wanted if name != "lpips"]
     network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size)
     fake_features, probabilities = extract_features(images, network, device, batch_size)
     if seen is not None:
@@ -702,45 +840,77 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     elif network.info:
         seen = probabilities.argmax(1)
 
-    def scores(classes):
-        """Of the samples made for these classes, against the real images of these classes."""
-        row = dict.fromkeys(("samples", "fd", "recognised", "seen_share", "effective_hues", "reference_hues"))
+    groups = {"all": range(K), **datasets.thirds(train_counts)}
+    pairs_on = device if torch.device(device).type == "cuda" else "cpu"  # MPS has no float64
+    real_tensor, fake_tensor = (torch.from_numpy(x).to(pairs_on) for x in (real_features, fake_features))
+    radii = {}
+    if {"pr", "dc"} & set(wanted):
+        third = np.array([[k in groups[name] for name in ("head", "middle", "tail")].index(True) for k in range(K)])
+        parts = {"all": np.zeros(len(real.labels), int), "third": third[real.labels], "class": real.labels.numpy()}
+        file = reference_file(real, reference_key(dataset, reference, rho), network, data_dir)
+        radii = reference_radii(real_tensor, parts, file)
+    fields = dict.fromkeys(["fd", *(field for name in wanted for field in SCORES[name])])
+
+    def score(classes, part):
+        """Of the samples made for these classes, against the real images of these classes; part: which radii."""
+        row = dict.fromkeys(("samples", *fields, "recognised", "seen_share", "effective_hues", "reference_hues"))
         if seen is not None:
             row["seen_share"] = float(np.isin(seen, classes).mean())
         if labels is None and len(classes) < K:
             return row
         mine = np.ones(len(images), bool) if labels is None else np.isin(labels, classes)
+        theirs = np.isin(real.labels, classes)
         row["samples"] = int(mine.sum())
-        if mine.sum() >= 2:
-            row["fd"] = frechet_distance(real_features[np.isin(real.labels, classes)], fake_features[mine])
         if seen is not None and labels is not None and mine.any():
             row["recognised"] = float((seen == labels.numpy())[mine].mean())
+        least = min(mine.sum(), theirs.sum())  # too few images: None
+        both = real_tensor[torch.from_numpy(theirs)], fake_tensor[torch.from_numpy(mine)]
+        if "fid" in wanted and least >= 2:
+            row["fd"] = frechet_distance(real_features[theirs], fake_features[mine])
+        if "kid" in wanted and least >= 2:
+            row["kid"] = kernel_inception_distance(*both)
+        if radii and least > NEIGHBOURS:
+            names = ("precision", "recall", "density", "coverage")
+            found = dict(zip(names, balls(*both, NEIGHBOURS, radii[part][theirs]), strict=True))
+            row |= {name: value for name, value in found.items() if name in fields}
+        if "prd" in wanted and least >= CLUSTERS * len(classes):
+            row["f8"], row["f1_8"] = prd_f_beta(*both, CLUSTERS * len(classes))
+        if lpips and mine.sum() >= 2:
+            row["lpips"] = lpips_diversity(images[torch.from_numpy(mine)], lpips, device, batch_size)
         return row
 
-    per_class = []
-    for k, name in enumerate(real.classes):
-        row = {"class": k, "name": name, "train_images": int(train_counts[k]), **scores([k])}
-        row["seen"] = None if seen is None else int((seen == k).sum())
-        if shapes and row["samples"]:
-            row["effective_hues"] = effective_hues(images[labels == k])
-            row["reference_hues"] = effective_hues(real.images[real.labels == k][: row["samples"]])
-        per_class.append(row)
+    with tqdm(total=len(groups) + K, desc="scores", leave=False, dynamic_ncols=True) as bar:
+        per_class, whole = [], {}
+        for name, classes in groups.items():
+            whole[name] = score(list(classes), "all" if name == "all" else "third")
+            bar.update()
+        for k, name in enumerate(real.classes):
+            row = {"class": k, "name": name, "train_images": int(train_counts[k]), **score([k], "class")}
+            row["seen"] = None if seen is None else int((seen == k).sum())
+            if shapes and row["samples"]:
+                row["effective_hues"] = effective_hues(images[labels == k])
+                row["reference_hues"] = effective_hues(real.images[real.labels == k][: row["samples"]])
+            per_class.append(row)
+            bar.update()
 
     result = {"protocol": {
         "dataset": dataset, "image_size": size, "rho": rho, "features": network.name, "metric": network.metric,
-        "reference": reference, "reference_images": len(real.labels), "samples": len(images),
+        "reference": reference, "reference_images": len(real.labels), "samples": len(images), "scores": wanted,
         "labels": labels is not None, "classifier_accuracy": network.info and network.info["test_accuracy"]["all"],
-    }}
-    for group, classes in {"all": range(K), **datasets.thirds(train_counts)}.items():
+    }, **whole}  # fmt: skip
+    if left_out:
+        result["protocol"]["left_out"] = left_out
+    for group, classes in groups.items():
         rows = [per_class[k] for k in classes]
-        result[group] = scores(list(classes))
-        result[group]["intra_fd"], result[group]["intra_fd_std"] = mean_and_std(row["fd"] for row in rows)
+        for field in fields:
+            result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(row[field] for row in rows)
         for name in ("effective_hues", "reference_hues"):
             result[group][name], _ = mean_and_std(row[name] for row in rows)
-    # Samples often lie class after class; consecutive splits of those would each have few classes.
-    shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
-    splits = min(10, len(images))
-    result["all"]["inception_score"], result["all"]["inception_score_std"] = inception_score(shuffled, splits)
+    if "is" in wanted:
+        # Samples often lie class after class; consecutive splits of those would each have few classes.
+        shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
+        splits = min(10, len(images))
+        result["all"]["inception_score"], result["all"]["inception_score_std"] = inception_score(shuffled, splits)
     result["all"]["kl_to_uniform"] = None if seen is None else kl_to_uniform(seen, K)
     return {**result, "per_class": per_class}
 
@@ -763,14 +933,25 @@ def format_table(result, per_class=False):
              f"{p['image_size']} pixels); features {p['features']}{judge}"]
     if not p["labels"]:
         lines.append("The samples have no labels: scores of the whole set only.")
+    lines += [f"Left out: {reason}" for reason in p.get("left_out", ())]
     score = "IS" if p["metric"] == "FID" else f"IS({p['features'].split(':')[0]})"
+    names = {"fd": p["metric"], "kid": f"K{p['metric'].removeprefix('F')}", "precision": "precision", "recall": "recall",
+             "density": "density", "coverage": "coverage", "f8": "F_8", "f1_8": "F_1/8", "lpips": "LPIPS"}  # fmt: skip
     columns = {"samples": "samples", "fd": p["metric"], "intra_fd": f"intra-{p['metric']}", "intra_fd_std": "+-",
                "recognised": "recognised", "seen_share": "seen", "effective_hues": "hues", "reference_hues": "real hues",
                "inception_score": score, "kl_to_uniform": "KL to uniform"}
     groups = {name: result[name] for name in ("all", "head", "middle", "tail")}
     lines += text_table(groups, columns)
+    more = {field: heading for field, heading in names.items() if field != "fd" and field in result["all"]}
+    if more:
+        lines += ["", *text_table(groups, more)]
+        within = {f"intra_{field}": heading for field, heading in more.items()}
+        if any(result["all"][field] is not None for field in within):
+            lines += ["within each class: mean and deviation over the classes"]
+            both = {key: heading for field, name in within.items() for key, heading in ((field, name), (f"{field}_std", "+-"))}
+            lines += text_table(groups, both)
     if per_class:
-        columns = {"train_images": "train images", "samples": "samples", "fd": p["metric"], "recognised": "recognised",
+        columns = {"train_images": "train images", "samples": "samples", **names, "recognised": "recognised",
                    "seen": "seen", "effective_hues": "hues", "reference_hues": "real hues"}
         lines += ["", *text_table({row["name"]: row for row in result["per_class"]}, columns)]
     return "\n".join(lines)
@@ -808,8 +989,15 @@ def write_scores(result, where):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
+COSTS = """\
+what --scores takes, and what it costs after the features
+  fid    Frechet distance, and within classes               COST_FID
+"""
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(description="Scores of a file of samples, from head to tail.")
+    parser = argparse.ArgumentParser(description="Scores of a file of samples, from head to tail.", epilog=COSTS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = fail  # one line where argparse would print the usage too
     parser.add_argument("samples", type=Path, help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
     group = parser.add_argument_group("what to compare with")
@@ -826,6 +1014,9 @@ def parse_args():
                        "(default: that of --features, if it is one)")
     group.add_argument("--device", default="auto", help="auto (default): CUDA, else MPS, else the CPU")
     group.add_argument("--batch-size", type=int, default=100, help="images through the network at once (default: 100)")
+    group = parser.add_argument_group("scores")
+    group.add_argument("--scores", default=DEFAULT_SCORES, help="names with commas between, or all; their cost below "
+                       f"(default: {DEFAULT_SCORES})")
     group = parser.add_argument_group("output")
     group.add_argument("--per-class", action="store_true", help="print a row for each class")
     group.add_argument("--out", type=Path, help="directory for metrics.json and per_class.csv "
@@ -845,7 +1036,7 @@ def main():
         annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
         seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
     result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                      args.image_size, device, args.batch_size, seen)
+                      args.image_size, device, args.batch_size, seen, args.scores)
     print(format_table(result, args.per_class))
     if args.out:
         try:

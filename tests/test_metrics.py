@@ -372,7 +372,8 @@ def write_judge(path, classes=None):
     with torch.no_grad():
         for _ in range(20):  # so that the batch norms know what they will see
             network(test.images[::7] / 127.5 - 1)
-    save_classifier(path, network, "shapes", "reference", classes, SIZE, {"normalisation": HALF}, {"all": 0.25})
+    settings = {"normalisation": HALF, "head": "linear"}
+    save_classifier(path, network, "shapes", "reference", classes, SIZE, settings, {"all": 0.25})
     return network.eval()
 
 
