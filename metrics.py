@@ -452,7 +452,8 @@ def balls(real, fake, k=5, real_radii=None):
         around_fake[j] += inside.sum(0)
         covered[i] |= inside.any(1)
         recalled[i] |= (squares < f[None, j]).any(1)
-    return tuple(x.double().mean().item() for x in (around_fake > 0, recalled, around_fake / k, covered))
+    precision, recall, number, coverage = (x.double().mean().item() for x in (around_fake > 0, recalled, around_fake, covered))
+    return precision, recall, number / k, coverage
 
 
 def precision_recall(real, fake, k=5):
@@ -561,7 +562,7 @@ LPIPS_SMALLEST = 31  # pixels a side; below, AlexNet's second pooling has nothin
 
 
 class Lpips(typing.NamedTuple):
-    layers: torch.nn.Sequential  # AlexNet's convolutions
+    layers: torch.nn.Sequential  # AlexNet up to its fifth ReLU
     weights: list  # of the five layers, (C, 1, 1)
 
 
@@ -572,18 +573,19 @@ def load_lpips(device="cpu"):
     url = AlexNet_Weights.IMAGENET1K_V1.url
     instead = "leave lpips out of --scores"
     body, heads = fetch_weights(url, instead), fetch_weights(LPIPS_WEIGHTS, instead)
-    with torch.random.fork_rng(devices=[]):
-        network = alexnet()
+    with torch.device("meta"):  # no memory, no random numbers: AlexNet's last layers, which LPIPS does not use, are 230 MB
+        layers = alexnet().features[:-1]
+    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
     try:
-        network.load_state_dict(body)
+        body = {name.removeprefix("features."): w for name, w in body.items() if name.startswith("features.")}
+        layers.load_state_dict(body, assign=True)
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"{weights_path(url)} does not hold the weights of {url}; delete it") from error
-    convolutions = [layer for layer in network.features if isinstance(layer, torch.nn.Conv2d)]
     try:
         weights = [heads[f"lin{i}.model.1.weight"].view(layer.out_channels, 1, 1) for i, layer in enumerate(convolutions)]
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{weights_path(LPIPS_WEIGHTS)} does not hold the weights of LPIPS; delete it") from error
-    return Lpips(network.features.to(device).eval().requires_grad_(False), [w.to(device).double() for w in weights])
+    return Lpips(layers.to(device).eval().requires_grad_(False), [w.to(device).double() for w in weights])
 
 
 def lpips_features(images, network):
