@@ -1,6 +1,8 @@
-"""Scores of generated images: Fréchet distance, the same within each class, IS, share recognised, KL to uniform.
+"""Scores of generated images: FID, KID, precision, recall, density, coverage, F_8, IS, LPIPS, of all and within classes.
 
     python metrics.py runs/.../samples.npz --dataset cifar100lt                              # samples of any codebase
+    python metrics.py samples.npz --dataset cifar100lt --scores all --per-class
+    python metrics.py runs/ddpm/samples.npz runs/cbdm/samples.npz --dataset cifar100lt --plot --nearest    # pictures
     python metrics.py samples.npz --dataset cifar100lt --features inception-fid --per-class
     python metrics.py samples.npz --dataset cifar100lt --features classifier:runs/.../classifier.pt
 
@@ -27,6 +29,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -926,6 +929,12 @@ def mean_and_std(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # Output
 # ----------------------------------------------------------------------------------------------------------------------
+def score_headings(metric):
+    """{name of a score: what it is printed as}; metric: what a Fréchet distance is called. KID follows it: KD for FD."""
+    return {"fd": metric, "kid": f"K{metric.removeprefix('F')}", "precision": "precision", "recall": "recall",
+            "density": "density", "coverage": "coverage", "f8": "F_8", "f1_8": "F_1/8", "lpips": "LPIPS"}  # fmt: skip
+
+
 def format_table(result, per_class=False):
     """The dict of `evaluate` as text: the protocol; rows for all, head, middle, tail; if asked a row for each class."""
     p = result["protocol"]
@@ -937,8 +946,7 @@ def format_table(result, per_class=False):
         lines.append("The samples have no labels: scores of the whole set only.")
     lines += [f"Left out: {reason}" for reason in p.get("left_out", ())]
     score = "IS" if p["metric"] == "FID" else f"IS({p['features'].split(':')[0]})"
-    names = {"fd": p["metric"], "kid": f"K{p['metric'].removeprefix('F')}", "precision": "precision", "recall": "recall",
-             "density": "density", "coverage": "coverage", "f8": "F_8", "f1_8": "F_1/8", "lpips": "LPIPS"}  # fmt: skip
+    names = score_headings(p["metric"])
     columns = {"samples": "samples", "fd": p["metric"], "intra_fd": f"intra-{p['metric']}", "intra_fd_std": "+-",
                "recognised": "recognised", "seen_share": "seen", "effective_hues": "hues", "reference_hues": "real hues",
                "inception_score": score, "kl_to_uniform": "KL to uniform"}
@@ -971,13 +979,17 @@ def text_table(rows, columns):
     return lines
 
 
+def beside(where, name):
+    """<where>/<name> if `where` is a directory, else <where>-<name>."""
+    return Path(where) / name if Path(where).is_dir() else Path(f"{where}-{name}")
+
+
 def write_scores(result, where):
     """Write metrics.json and per_class.csv: into the directory `where`, or as <where>-metrics.json if it is none.
 
     Returns the two paths.
     """
-    where = Path(where)
-    paths = [where / name if where.is_dir() else Path(f"{where}-{name}") for name in ("metrics.json", "per_class.csv")]
+    paths = [beside(where, name) for name in ("metrics.json", "per_class.csv")]
     table = io.StringIO()
     writer = csv.DictWriter(table, result["per_class"][0], lineterminator="\n")
     writer.writeheader()
@@ -989,19 +1001,138 @@ def write_scores(result, where):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+SMOOTH = 5  # classes; the moving average of CBDM's Fig. 4
+
+
+def moving_average(values, width=SMOOTH):
+    """Centred mean of `width` neighbours, those that are there at the ends and beside a nan; nan where there are none."""
+    padded = np.pad(np.asarray(values, np.float64), width // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    there = ~np.isnan(windows)
+    total = np.where(there, windows, 0).sum(1)
+    return np.where(there.any(1), total / there.sum(1).clip(1), np.nan)
+
+
+def plot_classes(results, path, score="fd"):
+    """A PNG: the score of each class from head to tail, for one or several runs; {name: dict of `evaluate`}.
+
+    Dots are classes, lines moving averages of 5 (CBDM, Fig. 4), grey the number of training images. For several runs a
+    second panel: score of the first run / score of this one (Softlabel-GAN, supplement, Figs 6 to 8, with the baseline
+    first; of a distance, above 1 is better than the baseline). Raises InputError without matplotlib.
+    """
+    try:
+        import matplotlib.figure  # no pyplot: no window, no state
+    except ImportError as error:
+        raise InputError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from error
+    rows = {name: result["per_class"] for name, result in results.items()}
+    counts = np.array([row["train_images"] for row in next(iter(rows.values()))])
+    order = np.argsort(-counts, kind="stable")
+    values = {name: np.array([row.get(score) for row in table], np.float64)[order] for name, table in rows.items()}
+    several = len(values) > 1
+    figure = matplotlib.figure.Figure((8, 6.4 if several else 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1 + several, sharex=True, squeeze=False)[:, 0]
+
+    def draw(axis, curves, label):
+        behind = axis.twinx()
+        behind.fill_between(range(len(order)), counts[order], step="mid", color="0.9", linewidth=0)
+        behind.set_ylabel("training images", color="0.5")
+        behind.tick_params(colors="0.5")
+        behind.set_ylim(0)
+        axis.set_zorder(behind.get_zorder() + 1)
+        axis.patch.set_visible(False)
+        for i, (name, y) in enumerate(curves.items()):
+            axis.plot(y, ".", color=f"C{i}", alpha=0.35, markersize=5)
+            axis.plot(moving_average(y), color=f"C{i}", label=name)
+        axis.set_ylabel(label)
+        axis.spines["top"].set_visible(False)
+        behind.spines["top"].set_visible(False)
+        axis.legend(frameon=False, loc="best")
+
+    first = next(iter(results))
+    protocol = results[first]["protocol"]
+    heading = score_headings(protocol["metric"])[score]
+    draw(axes[0], values, f"{heading} of the class")
+    if several:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = {name: np.where(y != 0, values[first] / y, np.nan) for name, y in values.items()}
+        draw(axes[1], ratios, f"{heading}, first run / this run")
+        axes[1].set_title("relative to the first run" + ("; above 1 is better" if score in ("fd", "kid") else ""), fontsize=10)
+    per = sorted({row["samples"] or 0 for table in rows.values() for row in table})
+    each = f"{per[0]}" if per[0] == per[-1] else f"{per[0]} to {per[-1]}"
+    axes[0].set_title(f"{protocol['dataset']}, {each} samples a class; lines: moving average of {SMOOTH}", fontsize=10)
+    axes[-1].set_xlabel("class, from head to tail")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def nearest(fake, real):
+    """The row of real (N, D) that each row of fake (M, D) is nearest to, and how far off: (M,) int64, (M,) float64."""
+    real, fake = as_pair(real, fake)
+    best = torch.full((len(fake),), math.inf, dtype=torch.float64, device=real.device)
+    index = torch.zeros(len(fake), dtype=torch.int64, device=real.device)
+    for i, j in tiles(len(fake), len(real)):
+        found, place = fast_squares(fake[i], real[j])[0].min(1)
+        index[i] = torch.where(found < best[i], place + j.start, index[i])
+        best[i] = torch.minimum(found, best[i])
+    return index.cpu(), torch.cat([exact_squares(f, real[n]) for f, n in zip(fake.split(TILE), index.split(TILE), strict=True)]
+                                  ).sqrt().cpu()  # fmt: skip
+
+
+NEAREST_ROWS, NEAREST_PAIRS = 10, 6  # classes, and images of each, in the picture
+
+
+def nearest_picture(images, labels, network, train, train_features, device="cpu", batch_size=100):
+    """A picture of samples, each beside the training image nearest to it in feature space: does the tail memorise?
+
+    Rows go from head to tail: all classes, or ten of them at equal steps, with the first six samples of each.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    order = datasets.head_to_tail(train.counts)
+    classes = [int(order[round(i)]) for i in np.linspace(0, len(order) - 1, min(len(order), NEAREST_ROWS))]
+    chosen = [torch.nonzero(labels == c).flatten()[:NEAREST_PAIRS] for c in classes]
+    shown = images[torch.cat(chosen)]
+    index, _ = nearest(extract_features(shown, network, device, batch_size)[0], train_features)
+    pairs = iter(zip(shown, train.images[index], strict=True))
+    size = max(48, images.shape[-1])
+    left, top, gap = 170, 22, 12
+    sheet = Image.new("RGB", (left + NEAREST_PAIRS * (2 * size + gap), top + len(classes) * (size + 4)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw.text((left, 6), "pairs: a sample, and beside it the training image nearest to it", "black", font)
+    for row, (c, mine) in enumerate(zip(classes, chosen, strict=True)):
+        y = top + row * (size + 4)
+        name = train.classes[c].encode("ascii", "replace").decode()[:20]
+        draw.text((4, y + size // 2), f"{name}, {int(train.counts[c])}", "black", font, anchor="lm")
+        for column in range(len(mine)):
+            for side, image in enumerate(next(pairs)):
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.NEAREST)
+                sheet.paste(tile, (left + column * (2 * size + gap) + side * size, y))
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 COSTS = """\
-what --scores takes, and what it costs after the features
-  fid    Frechet distance, and within classes               COST_FID
-"""
+what --scores takes (COSTMARK)
+  fid    Frechet distance, of all and within classes
+  is     Inception Score
+  kid    kernel distance, unbiased, over all pairs of images
+  pr     precision and recall, balls to the 5th neighbour
+  dc     density and coverage; with pr: nothing more
+  prd    F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
+  lpips  mean LPIPS over all pairs of samples; needs AlexNet's weights and LPIPS's
+kid, pr and dc take four times as long for twice the images on both sides."""
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Scores of a file of samples, from head to tail.", epilog=COSTS,
+    parser = argparse.ArgumentParser(description="Scores of files of samples, from head to tail.", epilog=COSTS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = fail  # one line where argparse would print the usage too
-    parser.add_argument("samples", type=Path, help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
+    parser.add_argument("samples", type=Path, nargs="+",
+                        help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
     group = parser.add_argument_group("what to compare with")
     group.add_argument("--dataset", required=True, help="a name that datasets.py knows")
     group.add_argument("--reference", choices=datasets.SPLITS, default="reference",
@@ -1023,7 +1154,22 @@ def parse_args():
     group.add_argument("--per-class", action="store_true", help="print a row for each class")
     group.add_argument("--out", type=Path, help="directory for metrics.json and per_class.csv "
                        "(default: beside the samples, as <samples>-metrics.json, <samples>-per_class.csv)")
+    group.add_argument("--plot", nargs="?", const="fd", metavar="SCORE", help="write <samples>-SCORE.png: a score of each "
+                       "class from head to tail (default: fd), and that of the first file over that of each; needs matplotlib")
+    group.add_argument("--nearest", action="store_true",
+                       help="write <samples>-nearest.png: samples beside the training images nearest to them")
     args = parser.parse_args()
+    chosen_scores(args.scores)
+    if args.plot:
+        of = [name for name, fields in SCORES.items() if args.plot in fields]
+        if not of:
+            fail(f"--plot {args.plot}: choose from {', '.join(field for fields in SCORES.values() for field in fields)}")
+        if args.scores != "all" and of[0] not in chosen_scores(args.scores):
+            fail(f"--plot {args.plot} needs --scores {of[0]}")
+        if not importlib.util.find_spec("matplotlib"):  # now, not after the scores
+            fail("--plot draws with matplotlib, which is not installed: pip install matplotlib")
+    if args.out and len(args.samples) > 1:
+        fail("--out goes with one file of samples")
     if args.batch_size < 1:
         fail(f"--batch-size {args.batch_size}: at least 1")
     return args
@@ -1031,21 +1177,40 @@ def parse_args():
 
 def main():
     args = parse_args()
-    images, labels = load_samples(args.samples)
-    device, seen = pick_device(args.device), None
-    if args.annotator:
-        classes = datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho).classes
-        annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
-        seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
-    result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                      args.image_size, device, args.batch_size, seen, args.scores)
-    print(format_table(result, args.per_class))
-    if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: {error}") from error
-    print("wrote", *write_scores(result, args.out or args.samples.with_suffix("")))
+    device, results = pick_device(args.device), {}
+    where = (args.dataset, args.data_dir)
+    for path in args.samples:
+        images, labels = load_samples(path)
+        if labels is None and (args.plot or args.nearest):
+            fail(f"{path} has no labels, which --plot and --nearest need")
+        seen = None
+        if args.annotator:
+            classes = datasets.load(*where, args.reference, args.image_size, args.rho).classes
+            annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
+            seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
+        result = evaluate(images, labels, *where, args.features, args.reference, args.rho, args.image_size, device,
+                          args.batch_size, seen, args.scores)  # fmt: skip
+        print(f"{path}: " * (len(args.samples) > 1) + format_table(result, args.per_class))
+        results[str(path)] = result
+        if args.out:
+            try:
+                args.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {args.out}: {error}") from error
+        out = args.out or path.with_suffix("")
+        print("wrote", *write_scores(result, out))
+        if args.nearest:
+            train = datasets.load(*where, "train", args.image_size, args.rho)
+            network, features = load_reference(train, *where, args.features, "train", result["protocol"]["rho"], device,
+                                               args.batch_size)  # fmt: skip
+            picture = nearest_picture(images, labels, network, train, features, device, args.batch_size)
+            with atomic_write(beside(out, "nearest.png")) as file:
+                picture.save(file, format="png")
+            print("wrote", beside(out, "nearest.png"))
+    if args.plot:
+        path = beside(args.out or args.samples[0].with_suffix(""), f"{args.plot}.png")
+        plot_classes(results, path, args.plot)
+        print("wrote", path)
 
 
 if __name__ == "__main__":
