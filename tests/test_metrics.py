@@ -2,6 +2,7 @@ import colorsys
 import csv
 import json
 import math
+import sys
 import time
 import urllib.error
 
@@ -797,6 +798,128 @@ def test_a_classifier_of_other_classes_does_not_judge(data_dir, samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# All scores, pictures
+# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_evaluate_gives_every_score_asked_for(data_dir, samples):
+    images, labels = samples
+    keep = (labels != 8) & (labels != 9) | (torch.arange(500) < 405)  # five samples of class 8, none of 9
+    images, labels = images[keep], labels[keep]
+    result = shapes_result(data_dir, images, labels, scores="all")
+    assert result["protocol"]["scores"] == ["fid", "kid", "pr", "dc", "prd", "is"]
+    assert "31 pixels" in result["protocol"]["left_out"][0] and "31 pixels" in metrics.format_table(result)
+    network = write_judge(data_dir / "the-same-again.pt")
+    real = datasets.load("shapes", data_dir, "reference", SIZE)
+    a, b = (network.features(x / 127.5 - 1).numpy() for x in (real.images, images))
+    for group, classes in (("all", range(10)), ("tail", [7, 8, 9]), (3, [3])):
+        row = result["per_class"][group] if group == 3 else result[group]
+        theirs, mine = a[np.isin(real.labels, classes)], b[np.isin(labels, classes)]
+        assert row["kid"] == pytest.approx(metrics.kernel_inception_distance(theirs, mine), rel=1e-2, abs=1e-5)
+        found = [row[name] for name in ("precision", "recall", "density", "coverage")]
+        assert found == pytest.approx(metrics.balls(theirs, mine), abs=0.02)
+        if group == 3:
+            assert (row["f8"], row["f1_8"]) == pytest.approx(metrics.prd_f_beta(theirs, mine, 20), abs=0.05)
+    eight, nine = result["per_class"][8:]
+    assert eight["kid"] is not None and eight["fd"] is not None  # two images are enough
+    for name in ("precision", "recall", "density", "coverage", "f8", "f1_8"):
+        assert eight[name] is nine[name] is nine["kid"] is None
+        classes = [row[name] for row in result["per_class"][:8]]
+        assert result["all"][f"intra_{name}"] == pytest.approx(np.mean(classes))
+        assert result["all"][f"intra_{name}_std"] == pytest.approx(np.std(classes))
+        assert result["tail"][f"intra_{name}"] == classes[7]
+    lines = metrics.format_table(result, per_class=True).splitlines()
+    assert any(line.split()[:3] == ["KD", "precision", "recall"] for line in lines)
+    json.dumps(result, allow_nan=False)
+
+
+def test_scores_not_asked_for_are_not_computed(data_dir, samples, monkeypatch):
+    for name in ("balls", "prd_f_beta", "frechet_distance", "inception_score", "neighbour_radii"):
+        monkeypatch.setattr(metrics, name, None)
+    result = shapes_result(data_dir, *samples, scores=["kid"])
+    assert result["all"]["kid"] is not None and result["all"]["fd"] is None and "recall" not in result["all"]
+    unlabelled = shapes_result(data_dir, samples[0], None, scores="kid")
+    assert unlabelled["all"]["kid"] == result["all"]["kid"] and unlabelled["all"]["intra_kid"] is None
+    assert unlabelled["tail"]["kid"] is unlabelled["per_class"][0]["kid"] is None
+    with pytest.raises(InputError, match="unknown score 'kidd'; choose from fid, kid"):
+        shapes_result(data_dir, *samples, scores="fid,kidd")
+    with pytest.raises(InputError, match="31 pixels"):  # asked for by name: not left out silently
+        shapes_result(data_dir, *samples, scores="lpips")
+
+
+def test_radii_of_the_reference_are_kept(tmp_path, monkeypatch):
+    x = torch.from_numpy(features(60, 6))
+    parts = {"all": np.zeros(60, int), "class": np.repeat([0, 1, 2], [30, 26, 4])}
+    file = tmp_path / "shapes.npz", "these images"
+    radii = metrics.reference_radii(x, parts, file)
+    table = distances(x.numpy(), x.numpy()) + np.diag([np.inf] * 60)
+    assert np.sqrt(radii["all"]) == pytest.approx(np.sort(table, 1)[:, 4])
+    assert np.sqrt(radii["class"][30:56]) == pytest.approx(np.sort(table[30:56, 30:56], 1)[:, 4])
+    assert np.isnan(radii["class"][56:]).all()  # four images have no fifth neighbours
+    calls, compute = [], metrics.neighbour_radii
+    monkeypatch.setattr(metrics, "neighbour_radii", lambda *a: calls.append(1) or compute(*a))
+    again = metrics.reference_radii(x, parts, file)
+    assert not calls and all(np.array_equal(again[name], radii[name], equal_nan=True) for name in parts)
+    metrics.reference_radii(x, parts | {"class": np.repeat([0, 1], 30)}, file)
+    assert len(calls) == 3  # other classes: made again
+    metrics.reference_radii(x, parts, (file[0], "other images"))
+    assert len(calls) == 6
+
+
+def test_moving_average():
+    nan = np.nan
+    assert metrics.moving_average([1, 2, 6, 3, 8, 5]) == pytest.approx([3, 3, 4, 24 / 5, 22 / 4, 16 / 3])
+    assert metrics.moving_average([nan, 2, nan, nan, nan, nan, nan, 4]) == pytest.approx(
+        [2, 2, 2, 2, nan, 4, 4, 4], nan_ok=True)  # fmt: skip
+
+
+def test_nearest(monkeypatch):
+    monkeypatch.setattr(metrics, "TILE", 16)
+    real, fake = features(50, 8), features(40, 8, seed=1)
+    fake[3] = real[17]
+    index, far = metrics.nearest(fake, real)
+    table = distances(fake, real)
+    assert np.array_equal(index, table.argmin(1)) and far.numpy() == pytest.approx(table.min(1))
+    assert index[3] == 17 and far[3] == 0
+
+
+def test_samples_beside_their_nearest_training_images(data_dir):
+    """Samples that are training images: the two of each pair are the same picture."""
+    train = datasets.load("shapeslt", data_dir, "train", SIZE)
+    network = metrics.load_feature_network(f"classifier:{data_dir}/classifier-shapes-{SIZE}.pt")
+    features, _ = metrics.extract_features(train.images, network)
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(1))
+    picture = metrics.nearest_picture(train.images[order], train.labels[order], network, train, features)
+    pixels = np.asarray(picture)[22:, 170:]
+    pairs = [pixels[r * 52 : r * 52 + 48, c * 108 : c * 108 + 96] for r in range(10) for c in range(6)]
+    same = [np.array_equal(pair[:, :48], pair[:, 48:]) for pair in pairs]
+    assert np.mean(same) > 0.95  # two images may share their features
+    first = order[train.labels[order] == 9][0]  # the last row is the class with the fewest images
+    shown = pairs[54][4:48:6, 4:48:6]  # 8 pixels drawn as 48
+    assert np.array_equal(shown[:8, :8], train.images[first].permute(1, 2, 0).numpy())
+
+
+def test_plot(data_dir, samples, tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    result = shapes_result(data_dir, *samples)
+    result["per_class"][4]["fd"] = None  # a class without samples is a gap
+    metrics.plot_classes({"a": result}, tmp_path / "one.png")
+    metrics.plot_classes({"a": result, "b": result}, tmp_path / "two.png")
+    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
+    assert one.width == two.width > 800 and two.height > 1.5 * one.height
+    assert len(np.unique(np.asarray(two.convert("RGB")).reshape(-1, 3), axis=0)) > 20  # not a white sheet
+
+
+def test_plot_without_matplotlib(data_dir, samples, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        metrics.plot_classes({"a": shapes_result(data_dir, *samples)}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Reference features on disk
 # ----------------------------------------------------------------------------------------------------------------------
 class Counting:
@@ -937,6 +1060,7 @@ def test_command_line(run_script, data_dir, samples):
     (["--dataset", "shapes"], "required: samples"),
     (["missing.npz", "--dataset", "shapes"], "no samples at missing.npz"),
     (["s.npz", "--dataset", "shapes", "--batch-size", "0"], "--batch-size 0"),
+    (["s.npz", "--dataset", "shapes", "--plot", "recall"], "--plot recall needs --scores pr"),
     (["s.npz", "--dataset", "shopes"], "unknown data set"),
 ])  # fmt: skip
 def test_command_line_errors_are_one_line(run_script, tmp_path, arguments, message):
