@@ -524,12 +524,12 @@ def f_beta(precision, recall, beta):
     return float(((1 + beta**2) * precision * recall / np.where(weighted > 0, weighted, 1)).max())
 
 
-def k_means(x, clusters, rng, passes=3):
+def k_means(x, clusters, rng, passes=2):
     """Mini-batch k-means (Sculley 2010): the cluster of each row of x (N, D), (N,) int64.
 
     A centre is the mean of all rows that it was ever the nearest to, batch after batch. float32: which of two equally near
     clusters a row falls into matters as little as the random start.
-    CHOICE: starts from random rows, and takes three passes. scikit-learn's, which papers use, chooses the start with
+    CHOICE: starts from random rows, and takes two passes. scikit-learn's, which papers use, chooses the start with
     more care (k-means++) and takes the best of ten; here the average over clusterings does that.
     """
     x = (x - x.mean(0)).float()
@@ -1100,6 +1100,7 @@ def nearest_picture(images, labels, network, train, train_features, device="cpu"
     left, top, gap = 170, 22, 12
     sheet = Image.new("RGB", (left + NEAREST_PAIRS * (2 * size + gap), top + len(classes) * (size + 4)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw.text((4, 6), "class, training images", "black", font)
     draw.text((left, 6), "pairs: a sample, and beside it the training image nearest to it", "black", font)
     for row, (c, mine) in enumerate(zip(classes, chosen, strict=True)):
         y = top + row * (size + 4)
