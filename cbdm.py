@@ -92,7 +92,7 @@ DATASETS["shapes"] = DATASETS["shapeslt"]
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
-        "features", "reference", "guidance", "sampler", "ddim_steps", "clip_x0"}
+        "features", "reference", "scores", "guidance", "sampler", "ddim_steps", "clip_x0"}
 
 
 def parse_settings(argv=None):
@@ -161,6 +161,7 @@ def parse_settings(argv=None):
     group.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
     group.add_argument("--features", help="inception, inception-fid or classifier:PATH; default: a classifier of the shapes "
                        "for shapes, inception otherwise")
+    group.add_argument("--scores", default="fid,is", help="of the final samples: names that metrics.py knows, or all")
     group.add_argument("--reference", choices=datasets.SPLITS, default="reference", help="split to compare samples with")
 
     parser.set_defaults(**table)
@@ -742,7 +743,7 @@ def main(argv=None):
         images = sample_all(run_dir / "samples.npz", ema_net, labels, args, amp, start)
         try:
             result = metrics.evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                                      args.image_size, device=device)
+                                      args.image_size, device=device, scores=args.scores)
         except InputError as error:  # most often: no weights for the features, and no network to get them
             print(f"{run_dir / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
             return

@@ -111,7 +111,8 @@ LABELLED = ("acgan", "cgan", "pretrained")
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
-        "features", "reference", "annotator", "sample_seed", "weights", "classifier"}  # classifier: its content is compared
+        "features", "reference", "scores", "annotator", "sample_seed", "weights",
+        "classifier"}  # its content is compared
 
 
 def parse_settings(argv=None):
@@ -187,6 +188,7 @@ def parse_settings(argv=None):
                        "default: that of --features if it is one, else one trained for it")
     group.add_argument("--features", help="inception, inception-fid (P's FID) or classifier:PATH; default: a classifier of the "
                        "shapes for shapes, inception otherwise")
+    group.add_argument("--scores", default="fid,is", help="of the final samples: names that metrics.py knows, or all")
     group.add_argument("--reference", choices=datasets.SPLITS, help="split to compare samples with")
 
     parser.set_defaults(**table)
@@ -880,7 +882,7 @@ def main(argv=None):
         write_grid(where / "samples" / "final.png", grid, GRID_COLUMNS)
         try:
             result = metrics.evaluate(images, y if labelled else None, args.dataset, args.data_dir, args.features,
-                                      args.reference, args.rho, args.image_size, device=device, seen=seen)
+                                      args.reference, args.rho, args.image_size, device=device, seen=seen, scores=args.scores)
         except InputError as error:  # most often: no weights for the features, and no network to get them
             print(f"{where / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
             return

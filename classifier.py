@@ -9,6 +9,7 @@ it): SGD, 200 epochs, steps at 160 and 180, random crops and flips; the loss wei
     python classifier.py --dataset cifar10imb --soft-labels      # what Softlabel-GAN takes its labels from
     python classifier.py --dataset cifar10lt --label-fraction 0.001    # 5 labels a class: CBGAN's semi-supervised row
     python classifier.py --dataset cifar10lt --train-on runs/<a GAN's run>/samples.npz    # classifier accuracy score
+    python classifier.py --dataset cifar100lt --add runs/<a run>/samples.npz    # real + generated: CBDM's Table 4
     python metrics.py samples.npz --dataset cifar100lt --features classifier:runs/<that run>/classifier.pt
 
 The same command goes on with the run that it finds, bit for bit on a CPU. Other scripts import `frozen_classifier`, which
@@ -92,7 +93,8 @@ MOMENTUM = 0.9  # LDAM-DRW, BiT. The decay acts on every parameter, batch norm i
 TESTS = {"resnet32": 20, "resnet50": 5, "wide_resnet101_2": 5}  # how often on the way
 
 # May differ between two commands on one run directory: they do not define the experiment.
-FREE = {"data_dir", "run_dir", "device", "save_every", "train_on", "label_with"}  # training_data says what was learnt from
+FREE = {"data_dir", "run_dir", "device", "save_every",
+        "train_on", "add", "label_with"}  # training_data says what was learnt from
 
 
 def parse_settings(argv=None):
@@ -117,6 +119,8 @@ def parse_settings(argv=None):
                        f"without (default: {HELD_OUT})")
     group.add_argument("--train-on", metavar="NPZ", help="learn from generated images, test on real ones: the classifier "
                        "accuracy score of Ravuri & Vinyals 2019, column Acc. of CBGAN's Table 1")
+    group.add_argument("--add", metavar="NPZ", help="learn from the training split and these generated images together; prints "
+                       "macro precision and recall on the test images: CBDM, Table 4")
     group.add_argument("--label-with", metavar="CLASSIFIER.pt", help="with --train-on: who labels the generated images "
                        "(default: the file itself)")
     group.add_argument("--network", choices=NETWORKS, help="default: resnet32; few labels: resnet50; soft labels above 32 "
@@ -137,7 +141,7 @@ def parse_settings(argv=None):
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order and the crops (default: 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--run-dir", help="default: runs/classifier-<data>-<what differs from the default>-s<seed>, "
-                       "with --train-on cas-<samples>-<data>-... beside the samples")
+                       "with --train-on cas-<samples>-<data>-..., with --add with-<samples>-<data>-... beside the samples")
     group.add_argument("--save-every", type=int, help="epochs between two checkpoints (default: 1; few labels: 50)")
     group.add_argument("--device", default="auto", help="auto (default): CUDA, else MPS, else the CPU")
     group.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto",
@@ -153,6 +157,7 @@ def parse_settings(argv=None):
     if not 0 <= args.seed < 2**63:
         fail(f"--seed is {args.seed}; it must be 0 or more, and below 2**63")
     sources = [name for name, given in (("--split reference", args.split == "reference"), ("--train-on", args.train_on),
+                                        ("--add", args.add),
                                         ("--label-fraction", args.label_fraction),
                                         ("--soft-labels", args.soft_labels)) if given]  # fmt: skip
     for name, most in (("entropy_weight", math.inf), ("hold_out", 1)):
@@ -160,17 +165,18 @@ def parse_settings(argv=None):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more, and below {most}")
     if args.entropy_weight and args.loss == "focal":
         fail("--entropy-weight goes with --loss ce")
-    args.source = "samples" if args.train_on else "few labels" if args.label_fraction else args.split
+    args.source = ("samples" if args.train_on else "train and samples" if args.add else
+                   "few labels" if args.label_fraction else args.split)  # fmt: skip
     if len(sources) > 1:
         fail(f"{' and '.join(sources)} each say what to learn from; choose one")
-    if args.label_with and not args.train_on:
-        fail("--label-with labels the images of --train-on, which is not given")
+    if args.label_with and not (args.train_on or args.add):
+        fail("--label-with labels the images of --train-on or --add, and neither is given")
     return args
 
 
 def recipe_for(args, num_images, image_size):
     """Training settings for `num_images` training images: a fresh dict of plain values."""
-    shapes, in_the_loop = args.dataset.startswith("shapes"), not (args.split == "reference" or args.train_on)
+    shapes, in_the_loop = args.dataset.startswith("shapes"), not (args.split == "reference" or args.train_on or args.add)
     recipe = {"network": "resnet32", "pretrained": False, "head": "linear", "entropy_weight": 0.0, "hold_out": 0.0,
               "loss": "ce", "drw": False, "normalisation": CENTRED}  # fmt: skip
     if args.label_fraction:
@@ -200,9 +206,9 @@ def complete(args, num_images, image_size):
             setattr(args, name, value)
         elif getattr(args, name) != value and name not in FREE:
             changed.append(f"{name.replace('_', '')}{getattr(args, name)}")
-    samples = Path(args.train_on or "")
+    samples = Path(args.train_on or args.add or "")
     changed += ["relabelled"] if args.label_with else []
-    where = samples.parent if args.train_on else Path("runs")
+    where = samples.parent if args.train_on or args.add else Path("runs")
     args.run_dir = str(args.run_dir or where / run_name(args, changed))
 
 
@@ -213,7 +219,7 @@ def balanced(dataset):
 
 def run_name(args, changed=()):
     """Name of a run: the data, and `changed`, what differs from the recipe."""
-    what = f"cas-{Path(args.train_on).stem}" if args.train_on else "classifier"
+    what = f"cas-{Path(args.train_on).stem}" if args.train_on else f"with-{Path(args.add).stem}" if args.add else "classifier"
     parts = [what, args.dataset.replace("/", "_").replace(":", "_"), f"{args.image_size}px"]
     parts += [f"rho{args.rho:g}"] if args.dataset in datasets.LONG_TAILED else []
     parts += [args.split] if args.split != "train" else []
@@ -445,6 +451,11 @@ def load_data(args, device):
     counts = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho).counts
     if args.train_on:
         return read_samples(args, test_set, device), test_set, counts
+    if args.add:
+        real = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)
+        added = read_samples(args, test_set, device)
+        both = torch.cat([real.images, added.images]), torch.cat([real.labels, added.labels])
+        return ImageSet(*both, real.classes), test_set, counts
     if args.label_fraction:
         return few_labels(args), test_set, counts
     return datasets.load(args.dataset, args.data_dir, args.split, args.image_size, args.rho), test_set, counts
@@ -479,11 +490,11 @@ def few_labels(args):
 
 
 def read_samples(args, test_set, device):
-    """The ImageSet of --train-on: `images` (N, H, W, 3) uint8 with `labels` or `predicted` (N,), or --label-with's.
+    """The ImageSet of --train-on or --add: `images` (N, H, W, 3) uint8 with `labels` or `predicted` (N,), or --label-with's.
 
     predicted is what a GAN without labels writes: the class that the classifier in its loop sees in each sample.
     """
-    path, size, K = Path(args.train_on), test_set.images.shape[-1], len(test_set.classes)
+    path, size, K = Path(args.train_on or args.add), test_set.images.shape[-1], len(test_set.classes)
     try:
         with np.load(path, allow_pickle=False) as file:  # allow_pickle: a file from elsewhere can't run code
             found = {name: file[name] for name in ("images", "labels", "predicted") if name in file}
@@ -802,6 +813,7 @@ def train(args, path=None):
     elif args.pretrained:
         network.load_imagenet()
     source = args.train_on or (f"{args.label_fraction:g} of the labels" if args.label_fraction else f"{args.split} split")
+    source += f" and {args.add}" if args.add else ""
     resumed = "; trained already" if start == epochs * steps else f"; resumed at step {start}" if start else ""
     loss = args.loss + (" + DRW" if args.drw else "") + (f" - {args.entropy_weight:g} entropy" if args.entropy_weight else "")
     print(f"{args.network} on {args.dataset}, {source}: {len(labels)} images of {len(classes)} classes; {loss}; {epochs} "
@@ -948,8 +960,36 @@ def write_results(args, run_dir, train_set, test_set, train_counts, tested, best
         print(f"classifier accuracy score: {100 * shares['all']:.2f} %")
 
 
+def macro_precision_recall(seen, labels, num_classes):
+    """Means over the classes of precision and of recall; seen (N,) what a classifier says, labels (N,) what is right.
+
+    Precision of a class: the share of what is taken for it that belongs to it, 0 if nothing is taken for it. Recall: the
+    share of it that is recognised; its mean is the accuracy where all classes are equally often. Classes without images
+    are left out.
+    """
+    right = torch.bincount(labels[seen == labels], minlength=num_classes).double()
+    taken, there = (torch.bincount(x, minlength=num_classes).double() for x in (seen, labels))
+    return tuple((right / n.clamp(min=1))[there > 0].mean().item() for n in (taken, there))
+
+
+def recognition(args, path):
+    """CBDM's Table 4 for the classifier at `path`: macro precision and recall on the test images, added to metrics.json."""
+    device = pick_device(args.device)
+    test_set = load_test(args.dataset, args.data_dir, args.image_size, args.rho)
+    seen = outputs(load_classifier(path, device), test_set.images, device).argmax(1)
+    precision, recall = macro_precision_recall(seen, test_set.labels, len(test_set.classes))
+    scores = Path(args.run_dir) / "metrics.json"
+    result = json.loads(scores.read_text()) | {"macro_precision": precision, "macro_recall": recall, "added": args.add}
+    with atomic_write(scores) as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())
+    print(f"real and generated images: macro precision {precision:.4f}, macro recall {recall:.4f} on {len(seen)} test images")
+
+
 def main(argv=None):
-    train(parse_settings(argv))
+    args = parse_settings(argv)
+    path = train(args)
+    if args.add:
+        recognition(args, path)
 
 
 if __name__ == "__main__":

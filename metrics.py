@@ -1,6 +1,8 @@
-"""Scores of generated images: Fréchet distance, the same within each class, IS, share recognised, KL to uniform.
+"""Scores of generated images: FID, KID, precision, recall, density, coverage, F_8, IS, LPIPS, of all and within classes.
 
     python metrics.py runs/.../samples.npz --dataset cifar100lt                              # samples of any codebase
+    python metrics.py samples.npz --dataset cifar100lt --scores all --per-class
+    python metrics.py runs/ddpm/samples.npz runs/cbdm/samples.npz --dataset cifar100lt --plot --nearest    # pictures
     python metrics.py samples.npz --dataset cifar100lt --features inception-fid --per-class
     python metrics.py samples.npz --dataset cifar100lt --features classifier:runs/.../classifier.pt
 
@@ -27,6 +29,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -160,7 +163,7 @@ def weights_path(url):
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def fetch_weights(url):
+def fetch_weights(url, instead="take --features classifier:PATH"):
     """The state dict at `url`, from torch.hub's cache if it is there. Raises InputError: what to put where."""
     path = weights_path(url)
     cached = path.exists()
@@ -170,7 +173,7 @@ def fetch_weights(url):
         if cached:
             raise InputError(f"{path} is damaged ({type(error).__name__}); put a good copy there") from error
         raise InputError(
-            f"cannot download {url} ({error}); copy that file to {path}, or take --features classifier:PATH"
+            f"cannot download {url} ({error}); copy that file to {path}, or {instead}"
         ) from error
 
 
@@ -279,20 +282,36 @@ def moments(features, rows=2000):
 
 
 def intra_fid(real, real_labels, fake, fake_labels, num_classes=None):
-    """d^2 within each class: mean and standard deviation over the classes, and d^2 of each class, a (K,) array.
+    """d^2 within each class: mean and standard deviation over the classes, and d^2 of each class; see `intra_class`."""
+    return intra_class(frechet_distance, real, real_labels, fake, fake_labels, num_classes)
 
-    A class with fewer than two images on either side is nan, and left out of mean and deviation (nan if all are). K is
-    num_classes, or the highest label + 1. With few images a class the bias is large: compare equal numbers alone.
+
+def intra_class(score, real, real_labels, fake, fake_labels, num_classes=None, least=2):
+    """score(real, fake) within each class: mean and standard deviation over the classes, and the score of each class.
+
+    The last is a (K,) array, K = num_classes or the highest label + 1. A class with fewer than `least` images on either
+    side is nan, and left out of mean and deviation (nan if all are): 2 for distances, k + 1 where neighbours are counted.
+    Of a score of several numbers, as `precision_recall`, mean and deviation are arrays, and the last is (K, numbers).
+
+        intra_class(kernel_inception_distance, ...)
+        intra_class(precision_recall, ..., least=6)
+        intra_class(functools.partial(prd_f_beta, clusters=20), ..., least=20)
+
+    With few images a class most scores have a large bias: compare equal numbers alone.
     """
     real, fake = check_features(real, "real"), check_features(fake, "fake")
     real_labels, fake_labels = check_labels(real_labels, real, "real"), check_labels(fake_labels, fake, "fake")
-    per_class = np.full(num_classes or 1 + max(real_labels.max(), fake_labels.max()), np.nan)
-    for k in range(len(per_class)):
+    found = {}
+    for k in range(num_classes or 1 + max(real_labels.max(), fake_labels.max())):
         a, b = real[real_labels == k], fake[fake_labels == k]
-        if len(a) >= 2 and len(b) >= 2:
-            per_class[k] = frechet_distance(a, b)
-    found = per_class[~np.isnan(per_class)]
-    return (float(found.mean()), float(found.std()), per_class) if len(found) else (math.nan, math.nan, per_class)
+        found[k] = score(a, b) if min(len(a), len(b)) >= least else math.nan
+    shape = max((np.shape(x) for x in found.values()), default=())
+    per_class = np.array([np.broadcast_to(x, shape) for x in found.values()], np.float64)
+    there = per_class[~np.isnan(per_class).reshape(len(per_class), -1).any(1)]
+    if not len(there):
+        return math.nan, math.nan, per_class
+    mean, deviation = there.mean(0), there.std(0)
+    return (mean, deviation, per_class) if shape else (float(mean), float(deviation), per_class)
 
 
 def check_labels(labels, features, name):
@@ -301,6 +320,305 @@ def check_labels(labels, features, name):
     if labels.shape != (len(features),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"{name}: wanted are {len(features)} class indices, got {labels.dtype} {labels.shape}")
     return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel distance, precision and recall
+# ----------------------------------------------------------------------------------------------------------------------
+# These compare every image with every other. One tile of the N x M table is at hand at a time, in float64: 50,000 x 50,000
+# distances would be 20 GB in one piece; a tile with all that is made of it is 0.2 GB. Tensors stay where they are (a GPU).
+TILE = 2048  # rows and columns; 34 MB
+
+
+def tiles(rows, columns):
+    """Pairs of slices (i, j) that cover a table of rows x columns, with a progress bar if there are many."""
+    many = range(0, rows, TILE), range(0, columns, TILE)
+    pairs = [(slice(i, i + TILE), slice(j, j + TILE)) for i in many[0] for j in many[1]]
+    return tqdm(pairs, "pairs", leave=False, dynamic_ncols=True) if len(pairs) > 30 else pairs
+
+
+def as_pair(real, fake):
+    """Both as tensors on one device; raises ValueError unless they are finite (N, D) and (M, D), N and M at least 2."""
+    arrays = check_features(real, "real"), check_features(fake, "fake")
+    real, fake = (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(array, order="C", copy=None))
+                  for x, array in zip((real, fake), arrays, strict=True))
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}")
+    return real, fake.to(real.device)
+
+
+def kernel_inception_distance(real, fake):
+    """KID (Binkowski et al. 2018): the unbiased estimate of MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3.
+
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    real (N, D), fake (M, D). Over all pairs: the number that the mean over subsets (`kid_of_subsets`) estimates, without
+    the chance of choosing them. Its expectation does not depend on N and M, as that of FID does; it may come out below 0.
+    """
+    real, fake = as_pair(real, fake)
+
+    def kernel_mean(a, b, same):
+        total = 0.0
+        for i, j in tiles(len(a), len(b)):
+            if same and i.start > j.start:  # the table is symmetric: twice the half above the diagonal
+                continue
+            k = (a[i].double() @ b[j].double().T).div_(a.shape[1]).add_(1).pow_(3)
+            total += k.sum().item() * (2 if same and i.start < j.start else 1)
+            if same and i.start == j.start:
+                total -= k.diagonal().sum().item()
+        return total / (len(a) * (len(b) - same))
+
+    return kernel_mean(real, real, True) + kernel_mean(fake, fake, True) - 2 * kernel_mean(real, fake, False)
+
+
+def kid_of_subsets(real, fake, subsets=100, size=1000, seed=0):
+    """KID as papers print it: mean and standard deviation over pairs of random subsets of `size` images each.
+
+    The deviation is that of subsets of this size, not the error of the mean. size is cut to the smaller of the two sets.
+    """
+    real, fake = as_pair(real, fake)
+    size, rng = min(size, len(real), len(fake)), np.random.default_rng(seed)
+    scores = [
+        kernel_inception_distance(*(x[torch.from_numpy(rng.choice(len(x), size, replace=False))] for x in (real, fake)))
+        for _ in range(subsets)
+    ]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# Around each image lies a ball that reaches to its k-th nearest neighbour in its own set (itself not counted; a duplicate
+# is a neighbour at distance 0). With the balls of the real images r, and of the fake ones f:
+#
+#     precision   share of fake images inside a real ball at least     is what it makes real?     Kynkaanniemi et al. 2019
+#     recall      share of real images inside a fake ball at least     is all that is real made?
+#     density     number of real balls that a fake image lies in, over k, on average; may exceed 1     Naeem et al. 2020
+#     coverage    share of real balls with a fake image inside
+#
+# "Inside" is strictly nearer than the radius (prdc, the code of CBDM and of Softlabel-GAN). All four are counts of
+# comparisons, so they have to be decided right: |x|^2 + |y|^2 - 2 x.y is fast but rounded, and where two sets share images
+# distance and radius are the same number. Pairs too near to call are measured again, by differences.
+def exact_squares(a, b):
+    """|a_i - b_i|^2 of rows (P, D): float64 on `a`'s device, the same to the last bit for (b, a) and for any P."""
+    sums = [np.square(x.double().cpu().numpy() - y.double().cpu().numpy()).sum(1)
+            for x, y in zip(a.split(TILE), b.split(TILE), strict=True)]  # NumPy: torch's order of summing depends on P
+    return torch.from_numpy(np.concatenate(sums)).to(a.device)
+
+
+def fast_squares(a, b):
+    """|a_i - b_j|^2 of (n, D), (m, D): float64 (n, m), and how far off an entry may be."""
+    a, b = a.double(), b.double()
+    squares_a, squares_b = (a * a).sum(1), (b * b).sum(1)
+    slack = 4 * a.shape[1] * torch.finfo(torch.float64).eps * (squares_a.max() + squares_b.max())
+    return torch.addmm(squares_a[:, None] + squares_b, a, b.T, alpha=-2), slack
+
+
+def neighbour_radii(features, k=5):
+    """Squared distance of each image to its k-th nearest neighbour among the others; (N, D) -> (N,) float64, N > k."""
+    features, _ = as_pair(features, features)
+    if len(features) <= k:
+        raise ValueError(f"{len(features)} images have no {k}-th neighbours")
+    few = min(k + 3, len(features) - 1)  # three more: rounding may swap neighbours that are equally far but for 1e-12
+    near = torch.full((len(features), few), math.inf, dtype=torch.float64, device=features.device)
+    index = torch.zeros(len(features), few, dtype=torch.int64, device=features.device)
+    for i, j in tiles(len(features), len(features)):
+        if i.start > j.start:  # the table is symmetric
+            continue
+        squares, _ = fast_squares(features[i], features[j])
+        if i.start == j.start:
+            squares.fill_diagonal_(math.inf)
+        for rows, columns, table in ((i, j, squares), (j, i, squares.T))[: 1 + (i.start < j.start)]:
+            found, place = table.topk(min(few, table.shape[1]), largest=False)
+            both = torch.cat([near[rows], found], 1), torch.cat([index[rows], place + columns.start], 1)
+            near[rows], best = both[0].topk(few, largest=False)
+            index[rows] = both[1].gather(1, best)
+    radii = [exact_squares(features[i].repeat_interleave(few, 0), features[index[i].flatten()]).view(-1, few)
+             for i in (slice(n, n + 512) for n in range(0, len(features), 512))]  # 512: 64 MB of 2,048 features
+    return torch.cat(radii).kthvalue(k, 1).values
+
+
+def balls(real, fake, k=5, real_radii=None):
+    """precision, recall, density, coverage: one pass over all pairs; real (N, D), fake (M, D), N and M more than k.
+
+    real_radii: `neighbour_radii` of the real images, if they are known.
+    """
+    real, fake = as_pair(real, fake)
+    r = neighbour_radii(real, k) if real_radii is None else torch.as_tensor(real_radii).to(real.device)
+    f = neighbour_radii(fake, k)
+    around_fake = torch.zeros(len(fake), dtype=torch.int64, device=real.device)  # real balls that a fake image lies in
+    covered, recalled = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    for i, j in tiles(len(real), len(fake)):
+        squares, slack = fast_squares(real[i], fake[j])
+        for radii in (r[i, None], f[None, j]):
+            for near in ((squares - radii).abs_() <= slack).nonzero().split(TILE):
+                a, b = near.unbind(1)
+                squares[a, b] = exact_squares(real[i][a], fake[j][b])
+        inside = squares < r[i, None]
+        around_fake[j] += inside.sum(0)
+        covered[i] |= inside.any(1)
+        recalled[i] |= (squares < f[None, j]).any(1)
+    precision, recall, number, coverage = (x.double().mean().item() for x in (around_fake > 0, recalled, around_fake, covered))
+    return precision, recall, number / k, coverage
+
+
+def precision_recall(real, fake, k=5):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), each in [0, 1]; see above. Exchanging the sets exchanges them.
+
+    k = 5 as in CBDM's code; 3 in the paper that they are from. Both sets need more than k images (else ValueError), and
+    more images make smaller balls: equal numbers, or no comparison.
+    """
+    return balls(real, fake, k)[:2]
+
+
+def density_coverage(real, fake, k=5):
+    """Density (Naeem et al. 2020), 0 or more, about 1 for equal sets, and coverage, in [0, 1]; see above."""
+    return balls(real, fake, k)[2:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision and recall of distributions
+# ----------------------------------------------------------------------------------------------------------------------
+# Sajjadi et al. 2018. Both sets are cut into the same clusters; p and q are the shares of the real and of the fake images in
+# each. For every slope lambda in (0, inf), how much of q can be told to be p's, and the reverse:
+#
+#     precision(lambda) = sum_c min(lambda p_c, q_c),     recall(lambda) = precision(lambda) / lambda
+#     F_beta = (1 + beta^2) precision recall / (beta^2 precision + recall), the largest on the curve
+ANGLES = 1001  # lambda = tan(angle), equally spaced in (0, pi / 2); the authors' code
+CLUSTERINGS = 10  # that the curve is averaged over; the authors' code, CBDM
+
+
+def prd_f_beta(real, fake, clusters, beta=8, clusterings=CLUSTERINGS, seed=0):
+    """F_beta and F_(1/beta) of two sets of features (N, D), (M, D): two numbers in [0, 1].
+
+    The first, F_8, leans to recall: it sees modes that are missing. The second, F_1/8, leans to precision: it sees images
+    that are like nothing real. (CBDM's code prints them under exchanged names.)
+
+    clusters      20 for each class in CBDM
+    clusterings   over which the curve is averaged. Each draws its own random start, and as many images from the larger
+                  set as the smaller has: the clusters would go where the larger one is
+    raises        ValueError if a set has fewer images than there are clusters
+    """
+    real, fake = as_pair(real, fake)
+    n = min(len(real), len(fake))
+    if n < clusters:
+        raise ValueError(f"{clusters} clusters of {n} images")
+    curves = []
+    for run in range(clusterings):
+        rng = np.random.default_rng([seed, run])
+        both = torch.cat([x if len(x) == n else x[torch.from_numpy(rng.permutation(len(x))[:n])] for x in (real, fake)])
+        mine = k_means(both, clusters, rng)
+        p, q = (torch.bincount(part, minlength=clusters).double().cpu().numpy() / n for part in mine.split(n))
+        curves.append(prd_curve(p, q))
+    precision, recall = np.mean(curves, 0)
+    return f_beta(precision, recall, beta), f_beta(precision, recall, 1 / beta)
+
+
+def prd_curve(p, q):
+    """precision (1001,), recall (1001,) of the histograms p (real) and q (fake), each with the sum 1."""
+    slope = np.tan(np.linspace(1e-6, np.pi / 2 - 1e-6, ANGLES))
+    precision = np.minimum(slope[:, None] * p, q).sum(1)
+    return precision.clip(0, 1), (precision / slope).clip(0, 1)
+
+
+def f_beta(precision, recall, beta):
+    """The largest F_beta on a curve; 0 where precision and recall are both 0."""
+    weighted = beta**2 * precision + recall
+    return float(((1 + beta**2) * precision * recall / np.where(weighted > 0, weighted, 1)).max())
+
+
+def k_means(x, clusters, rng, passes=2):
+    """Mini-batch k-means (Sculley 2010): the cluster of each row of x (N, D), (N,) int64.
+
+    A centre is the mean of all rows that it was ever the nearest to, batch after batch. float32: which of two equally near
+    clusters a row falls into matters as little as the random start.
+    CHOICE: starts from random rows, and takes two passes. scikit-learn's, which papers use, chooses the start with
+    more care (k-means++) and takes the best of ten; here the average over clusterings does that.
+    """
+    x = (x - x.mean(0)).float()
+    centres = x[torch.from_numpy(rng.permutation(len(x))[:clusters])].clone()
+    seen = torch.zeros(clusters, device=x.device)
+
+    def nearest(rows):  # |x|^2 is the same for every centre
+        return torch.addmm((centres * centres).sum(1), rows, centres.T, alpha=-2).argmin(1)
+
+    for _ in range(passes):
+        for batch in torch.from_numpy(rng.permutation(len(x))).split(max(1000, clusters)):
+            rows = x[batch]
+            mine = nearest(rows)
+            new = torch.bincount(mine, minlength=clusters)
+            seen += new
+            step = torch.zeros_like(centres).index_add_(0, mine, rows) - new[:, None] * centres
+            centres += step / seen.clamp(min=1)[:, None]
+    return torch.cat([nearest(rows) for rows in x.split(TILE)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS
+# ----------------------------------------------------------------------------------------------------------------------
+# Zhang et al. 2018. How different two images look: AlexNet's five layers, each position's channels scaled to length 1;
+#
+#     d(x, y) = sum_layers mean_positions sum_channels w_c (f_c(x) - f_c(y))^2
+#
+# with weights w learnt from human judgements. As a score of a set, its mean over all pairs of images. The sum is a squared
+# distance of vectors, and the mean of those over all pairs is twice the unbiased variance, summed over the entries: no
+# pairs are needed, n images cost n passes through AlexNet.
+LPIPS_WEIGHTS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth"
+LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]; its `ScalingLayer`
+LPIPS_SMALLEST = 31  # pixels a side; below, AlexNet's second pooling has nothing left to pool
+
+
+class Lpips(typing.NamedTuple):
+    layers: torch.nn.Sequential  # AlexNet up to its fifth ReLU
+    weights: list  # of the five layers, (C, 1, 1)
+
+
+def load_lpips(device="cpu"):
+    """AlexNet with torchvision's weights, and the published weights of LPIPS (version 0.1). Raises InputError."""
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    instead = "leave lpips out of --scores"
+    body, heads = fetch_weights(url, instead), fetch_weights(LPIPS_WEIGHTS, instead)
+    with torch.device("meta"):  # no memory, no random numbers: AlexNet's last layers, which LPIPS does not use, are 230 MB
+        layers = alexnet().features[:-1]
+    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    try:
+        body = {name.removeprefix("features."): w for name, w in body.items() if name.startswith("features.")}
+        layers.load_state_dict(body, assign=True)
+    except (AttributeError, RuntimeError) as error:
+        raise InputError(f"{weights_path(url)} does not hold the weights of {url}; delete it") from error
+    try:
+        weights = [heads[f"lin{i}.model.1.weight"].view(layer.out_channels, 1, 1) for i, layer in enumerate(convolutions)]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"{weights_path(LPIPS_WEIGHTS)} does not hold the weights of LPIPS; delete it") from error
+    return Lpips(layers.to(device).eval().requires_grad_(False), [w.to(device).double() for w in weights])
+
+
+def lpips_features(images, network):
+    """images (B, 3, H, W) uint8 on the network's device -> five (B, C, H', W'), channels of length 1 at each position."""
+    shift, scale = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (LPIPS_SHIFT, LPIPS_SCALE))
+    x, features = (images / 127.5 - 1 - shift) / scale, []
+    for layer in network.layers:
+        x = layer(x)
+        if isinstance(layer, torch.nn.ReLU):
+            features.append(x / ((x * x).sum(1, keepdim=True).sqrt() + 1e-10))  # 1e-10: as the published code
+    return features
+
+
+@torch.no_grad()
+def lpips_diversity(images, network=None, device="cpu", batch_size=100):
+    """Mean LPIPS over all pairs of images (N, 3, H, W) uint8, N at least 2, H and W at least 31 pixels; 0: all the same.
+
+    network: an Lpips on `device`; None: `load_lpips`. Its expectation does not depend on N. Raises InputError.
+    """
+    if len(images) < 2 or min(images.shape[2:]) < LPIPS_SMALLEST:
+        raise InputError(f"LPIPS needs two images of {LPIPS_SMALLEST} pixels a side, not {tuple(images.shape)}")
+    network, n = network or load_lpips(device), len(images)
+    total = squares = [0.0] * 5
+    for batch in torch.as_tensor(images).split(batch_size):
+        features = [f.double() for f in lpips_features(batch.to(device), network)]
+        total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
+        squares = [s + (f * f).sum(0) for s, f in zip(squares, features, strict=True)]
+    variances = [(s - t * t / n) / (n - 1) for s, t in zip(squares, total, strict=True)]
+    return 2 * sum((w * v).sum(0).mean().item() for w, v in zip(network.weights, variances, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,27 +704,60 @@ def reference_key(dataset, split, rho):
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))  # the name of a folder: may hold anything
 
 
+def kept(path, made_from, make):
+    """The arrays (a dict) of the file at `path` if they are made from `made_from`, a text; else make(), written there."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["made_from"]) == made_from:
+                return {name: file[name] for name in file if name != "made_from"}
+    except Exception:  # not there, or damaged in one of many ways
+        pass
+    arrays = make()
+    try:
+        with atomic_write(path) as file:
+            np.savez(file, **arrays, made_from=made_from)
+    except InputError as error:  # a data directory that cannot be written to costs time, not the scores
+        tqdm.write(f"{path.name} is not kept: {error}")
+    return arrays
+
+
+def reference_file(real, key, network, data_dir):
+    """Where the features of an ImageSet are kept, and the text that says of which images and weights they are."""
+    weights = network.name if network.info is None else f"classifier-{network.fingerprint[:12]}"
+    path = Path(data_dir) / "features" / f"{key}-{real.images.shape[-1]}-{weights}.npz"
+    return path, f"{network.fingerprint} {hashlib.sha256(real.images.numpy().tobytes()).hexdigest()}"
+
+
 def reference_features(real, key, network, data_dir, device, batch_size):
     """Features (N, D) of an ImageSet: from <data_dir>/features/<key>-....npz, or extracted and kept there.
 
     The file says of which images and which weights it is; for others, or damaged, it is made again.
     """
-    weights = network.name if network.info is None else f"classifier-{network.fingerprint[:12]}"
-    path = Path(data_dir) / "features" / f"{key}-{real.images.shape[-1]}-{weights}.npz"
-    made_from = f"{network.fingerprint} {hashlib.sha256(real.images.numpy().tobytes()).hexdigest()}"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["made_from"]) == made_from:
-                return file["features"]
-    except Exception:  # not there, or damaged in one of many ways
-        pass
-    features, _ = extract_features(real.images, network, device, batch_size)
-    try:
-        with atomic_write(path) as file:
-            np.savez(file, features=features, made_from=made_from)
-    except InputError as error:  # a data directory that cannot be written to costs time, not the scores
-        tqdm.write(f"Reference features are not kept: {error}")
-    return features
+    path, made_from = reference_file(real, key, network, data_dir)
+    return kept(path, made_from, lambda: {
+        "features": extract_features(real.images, network, device, batch_size)[0]
+    })["features"]  # fmt: skip
+
+
+def reference_radii(features, parts, file):
+    """`neighbour_radii` (N,) within each part that the images (N, D) are cut into, kept beside the features.
+
+    parts   {name: (N,) the part that each image is in}; file: as of `reference_file`
+    returns {name: (N,)}, nan where a part has too few images
+    """
+    path, made_from = file
+    cut = hashlib.sha256(b"".join(np.int64(part).tobytes() for part in parts.values())).hexdigest()
+
+    def within(part):
+        radii = np.full(len(features), np.nan)
+        for p in np.unique(part):
+            mine = np.flatnonzero(part == p)
+            if len(mine) > NEIGHBOURS:
+                radii[mine] = neighbour_radii(features[torch.from_numpy(mine)], NEIGHBOURS).cpu()
+        return radii
+
+    path = path.with_name(f"{path.stem}-radii.npz")
+    return kept(path, f"{made_from} {cut} {NEIGHBOURS}", lambda: {name: within(part) for name, part in parts.items()})
 
 
 def load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size=100):
@@ -422,9 +773,29 @@ def load_reference(real, dataset, data_dir, features, reference, rho, device, ba
 # ----------------------------------------------------------------------------------------------------------------------
 # All scores of a set of samples
 # ----------------------------------------------------------------------------------------------------------------------
+# What --scores takes, and the names of its numbers in metrics.json. fd, precision ... are those of a set of images; for each
+# there is intra_..., the mean of the scores within its classes, and intra_..._std, the deviation over classes.
+SCORES = {
+    "fid": ("fd",), "kid": ("kid",), "pr": ("precision", "recall"), "dc": ("density", "coverage"), "prd": ("f8", "f1_8"),
+    "is": (), "lpips": ("lpips",),
+}  # fmt: skip
+DEFAULT_SCORES = "fid,is"  # seconds after the features; the others compare all pairs of images, or cluster them
+NEIGHBOURS = 5  # k of precision, recall, density, coverage: CBDM, Softlabel-GAN
+CLUSTERS = 20  # a class, of F_8: CBDM
+
+
+def chosen_scores(scores):
+    """The names in "fid,kid", in ["fid", "kid"] or in "all", a list. Raises InputError."""
+    names = list(SCORES) if scores == "all" else scores.split(",") if isinstance(scores, str) else list(scores)
+    for name in names:
+        if name not in SCORES:
+            raise InputError(f"unknown score {name!r}; choose from {', '.join(SCORES)}, or all")
+    return names
+
+
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None, image_size=None,
-             device="cpu", batch_size=100, seen=None):
-    """Every score of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
+             device="cpu", batch_size=100, seen=None, scores=DEFAULT_SCORES):
+    """Scores of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
 
     labels      tensor; None for a generator without classes: the scores that need none
     features    a name for `load_feature_network`; None: "inception", but for the shapes data their judge, which is
@@ -432,11 +803,14 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     reference   the split to compare with; rho and image_size as in datasets.load
     seen        (N,) the class that an annotator sees in each sample; None: what the features' own classifier sees, if
                 they are a classifier's
+    scores      names of SCORES: a list, or one text with commas between; "all": those that can be had (LPIPS needs weights),
+                protocol["left_out"] says why one is missing
     returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON. Head,
                 middle and tail are thirds of the classes by the number of *training* images. None: could not be
-                computed (a class without samples, no labels, no classifier).
+                computed (a class with too few samples, no labels, no classifier).
                     fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
-                    intra_fd, _std       mean and deviation over classes of d^2 within a class
+                    kid, precision, recall, density, coverage, f8, f1_8, lpips: if asked for
+                    intra_fd, _std       mean and deviation over classes of d^2 within a class; so for each of these
                     recognised           share that classifier or annotator take for the class it was made for
                     seen_share           share of all samples that they take for one of these classes
                     seen                 the same in numbers (per class alone)
@@ -455,6 +829,16 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                          "--image-size sets the latter")
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         raise InputError(f"labels go from {labels.min()} to {labels.max()}; {dataset} has the classes 0 to {K - 1}")
+    wanted, left_out, lpips = chosen_scores(scores), [], None
+    if "lpips" in wanted:
+        try:
+            if size < LPIPS_SMALLEST:
+                raise InputError(f"LPIPS needs images of {LPIPS_SMALLEST} pixels or more, and {dataset} has {size}")
+            lpips = load_lpips(device)
+        except InputError as error:
+            if scores != "all":
+                raise
+            left_out, wanted = [str(error)], [name for name in wanted if name != "lpips"]
     network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size)
     fake_features, probabilities = extract_features(images, network, device, batch_size)
     if seen is not None:
@@ -462,45 +846,78 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     elif network.info:
         seen = probabilities.argmax(1)
 
-    def scores(classes):
-        """Of the samples made for these classes, against the real images of these classes."""
-        row = dict.fromkeys(("samples", "fd", "recognised", "seen_share", "effective_hues", "reference_hues"))
+    groups = {"all": range(K), **datasets.thirds(train_counts)}
+    pairs_on = device if torch.device(device).type == "cuda" else "cpu"  # MPS has no float64
+    real_tensor, fake_tensor = (torch.from_numpy(x).to(pairs_on) for x in (real_features, fake_features))
+    radii = {}
+    if {"pr", "dc"} & set(wanted):
+        third = np.array([[k in groups[name] for name in ("head", "middle", "tail")].index(True) for k in range(K)])
+        parts = {"all": np.zeros(len(real.labels), int), "third": third[real.labels], "class": real.labels.numpy()}
+        file = reference_file(real, reference_key(dataset, reference, rho), network, data_dir)
+        radii = reference_radii(real_tensor, parts, file)
+    fields = dict.fromkeys(["fd", *(field for name in wanted for field in SCORES[name])])
+
+    def score(classes, part):
+        """Of the samples made for these classes, against the real images of these classes; part: which radii."""
+        row = dict.fromkeys(("samples", *fields, "recognised", "seen_share", "effective_hues", "reference_hues"))
         if seen is not None:
             row["seen_share"] = float(np.isin(seen, classes).mean())
         if labels is None and len(classes) < K:
             return row
         mine = np.ones(len(images), bool) if labels is None else np.isin(labels, classes)
+        theirs = np.isin(real.labels, classes)
         row["samples"] = int(mine.sum())
-        if mine.sum() >= 2:
-            row["fd"] = frechet_distance(real_features[np.isin(real.labels, classes)], fake_features[mine])
         if seen is not None and labels is not None and mine.any():
             row["recognised"] = float((seen == labels.numpy())[mine].mean())
+        least = min(mine.sum(), theirs.sum())  # too few images: None
+        # All rows are not copied: 50,000 x 2,048 are 400 MB.
+        both = [x if rows.all() else x[torch.from_numpy(rows)] for x, rows in ((real_tensor, theirs), (fake_tensor, mine))]
+        if "fid" in wanted and least >= 2:
+            row["fd"] = frechet_distance(*both)
+        if "kid" in wanted and least >= 2:
+            row["kid"] = kernel_inception_distance(*both)
+        if radii and least > NEIGHBOURS:
+            names = ("precision", "recall", "density", "coverage")
+            found = dict(zip(names, balls(*both, NEIGHBOURS, radii[part][theirs]), strict=True))
+            row |= {name: value for name, value in found.items() if name in fields}
+        if "prd" in wanted and least >= CLUSTERS * len(classes):
+            row["f8"], row["f1_8"] = prd_f_beta(*both, CLUSTERS * len(classes))
+        if lpips and mine.sum() >= 2:
+            row["lpips"] = lpips_diversity(images[torch.from_numpy(mine)], lpips, device, batch_size)
         return row
 
-    per_class = []
-    for k, name in enumerate(real.classes):
-        row = {"class": k, "name": name, "train_images": int(train_counts[k]), **scores([k])}
-        row["seen"] = None if seen is None else int((seen == k).sum())
-        if shapes and row["samples"]:
-            row["effective_hues"] = effective_hues(images[labels == k])
-            row["reference_hues"] = effective_hues(real.images[real.labels == k][: row["samples"]])
-        per_class.append(row)
+    with tqdm(total=len(groups) + K, desc="scores", leave=False, dynamic_ncols=True) as bar:
+        per_class, whole = [], {}
+        for name, classes in groups.items():
+            whole[name] = score(list(classes), "all" if name == "all" else "third")
+            bar.update()
+        for k, name in enumerate(real.classes):
+            row = {"class": k, "name": name, "train_images": int(train_counts[k]), **score([k], "class")}
+            row["seen"] = None if seen is None else int((seen == k).sum())
+            if shapes and row["samples"]:
+                row["effective_hues"] = effective_hues(images[labels == k])
+                row["reference_hues"] = effective_hues(real.images[real.labels == k][: row["samples"]])
+            per_class.append(row)
+            bar.update()
 
     result = {"protocol": {
         "dataset": dataset, "image_size": size, "rho": rho, "features": network.name, "metric": network.metric,
-        "reference": reference, "reference_images": len(real.labels), "samples": len(images),
+        "reference": reference, "reference_images": len(real.labels), "samples": len(images), "scores": wanted,
         "labels": labels is not None, "classifier_accuracy": network.info and network.info["test_accuracy"]["all"],
-    }}
-    for group, classes in {"all": range(K), **datasets.thirds(train_counts)}.items():
+    }, **whole}  # fmt: skip
+    if left_out:
+        result["protocol"]["left_out"] = left_out
+    for group, classes in groups.items():
         rows = [per_class[k] for k in classes]
-        result[group] = scores(list(classes))
-        result[group]["intra_fd"], result[group]["intra_fd_std"] = mean_and_std(row["fd"] for row in rows)
+        for field in fields:
+            result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(row[field] for row in rows)
         for name in ("effective_hues", "reference_hues"):
             result[group][name], _ = mean_and_std(row[name] for row in rows)
-    # Samples often lie class after class; consecutive splits of those would each have few classes.
-    shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
-    splits = min(10, len(images))
-    result["all"]["inception_score"], result["all"]["inception_score_std"] = inception_score(shuffled, splits)
+    if "is" in wanted:
+        # Samples often lie class after class; consecutive splits of those would each have few classes.
+        shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
+        splits = min(10, len(images))
+        result["all"]["inception_score"], result["all"]["inception_score_std"] = inception_score(shuffled, splits)
     result["all"]["kl_to_uniform"] = None if seen is None else kl_to_uniform(seen, K)
     return {**result, "per_class": per_class}
 
@@ -514,6 +931,12 @@ def mean_and_std(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # Output
 # ----------------------------------------------------------------------------------------------------------------------
+def score_headings(metric):
+    """{name of a score: what it is printed as}; metric: what a Fréchet distance is called. KID follows it: KD for FD."""
+    return {"fd": metric, "kid": f"K{metric.removeprefix('F')}", "precision": "precision", "recall": "recall",
+            "density": "density", "coverage": "coverage", "f8": "F_8", "f1_8": "F_1/8", "lpips": "LPIPS"}  # fmt: skip
+
+
 def format_table(result, per_class=False):
     """The dict of `evaluate` as text: the protocol; rows for all, head, middle, tail; if asked a row for each class."""
     p = result["protocol"]
@@ -523,14 +946,24 @@ def format_table(result, per_class=False):
              f"{p['image_size']} pixels); features {p['features']}{judge}"]
     if not p["labels"]:
         lines.append("The samples have no labels: scores of the whole set only.")
+    lines += [f"Left out: {reason}" for reason in p.get("left_out", ())]
     score = "IS" if p["metric"] == "FID" else f"IS({p['features'].split(':')[0]})"
+    names = score_headings(p["metric"])
     columns = {"samples": "samples", "fd": p["metric"], "intra_fd": f"intra-{p['metric']}", "intra_fd_std": "+-",
                "recognised": "recognised", "seen_share": "seen", "effective_hues": "hues", "reference_hues": "real hues",
                "inception_score": score, "kl_to_uniform": "KL to uniform"}
     groups = {name: result[name] for name in ("all", "head", "middle", "tail")}
     lines += text_table(groups, columns)
+    more = {field: heading for field, heading in names.items() if field != "fd" and field in result["all"]}
+    if more:
+        lines += ["", *text_table(groups, more)]
+        within = {f"intra_{field}": heading for field, heading in more.items()}
+        if any(result["all"][field] is not None for field in within):
+            lines += ["within each class: mean and deviation over the classes"]
+            both = {key: heading for field, name in within.items() for key, heading in ((field, name), (f"{field}_std", "+-"))}
+            lines += text_table(groups, both)
     if per_class:
-        columns = {"train_images": "train images", "samples": "samples", "fd": p["metric"], "recognised": "recognised",
+        columns = {"train_images": "train images", "samples": "samples", **names, "recognised": "recognised",
                    "seen": "seen", "effective_hues": "hues", "reference_hues": "real hues"}
         lines += ["", *text_table({row["name"]: row for row in result["per_class"]}, columns)]
     return "\n".join(lines)
@@ -548,13 +981,17 @@ def text_table(rows, columns):
     return lines
 
 
+def beside(where, name):
+    """<where>/<name> if `where` is a directory, else <where>-<name>."""
+    return Path(where) / name if Path(where).is_dir() else Path(f"{where}-{name}")
+
+
 def write_scores(result, where):
     """Write metrics.json and per_class.csv: into the directory `where`, or as <where>-metrics.json if it is none.
 
     Returns the two paths.
     """
-    where = Path(where)
-    paths = [where / name if where.is_dir() else Path(f"{where}-{name}") for name in ("metrics.json", "per_class.csv")]
+    paths = [beside(where, name) for name in ("metrics.json", "per_class.csv")]
     table = io.StringIO()
     writer = csv.DictWriter(table, result["per_class"][0], lineterminator="\n")
     writer.writeheader()
@@ -566,12 +1003,140 @@ def write_scores(result, where):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+SMOOTH = 5  # classes; the moving average of CBDM's Fig. 4
+
+
+def moving_average(values, width=SMOOTH):
+    """Centred mean of `width` neighbours, those that are there at the ends and beside a nan; nan where there are none."""
+    padded = np.pad(np.asarray(values, np.float64), width // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    there = ~np.isnan(windows)
+    total = np.where(there, windows, 0).sum(1)
+    return np.where(there.any(1), total / there.sum(1).clip(1), np.nan)
+
+
+def plot_classes(results, path, score="fd"):
+    """A PNG: the score of each class from head to tail, for one or several runs; {name: dict of `evaluate`}.
+
+    Dots are classes, lines moving averages of 5 (CBDM, Fig. 4), grey the number of training images. For several runs a
+    second panel: score of the first run / score of this one (Softlabel-GAN, supplement, Figs 6 to 8, with the baseline
+    first; of a distance, above 1 is better than the baseline). Raises InputError without matplotlib.
+    """
+    try:
+        import matplotlib.figure  # no pyplot: no window, no state
+    except ImportError as error:
+        raise InputError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from error
+    rows = {name: result["per_class"] for name, result in results.items()}
+    counts = np.array([row["train_images"] for row in next(iter(rows.values()))])
+    order = np.argsort(-counts, kind="stable")
+    values = {name: np.array([row.get(score) for row in table], np.float64)[order] for name, table in rows.items()}
+    several = len(values) > 1
+    figure = matplotlib.figure.Figure((8, 6.4 if several else 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1 + several, sharex=True, squeeze=False)[:, 0]
+
+    def draw(axis, curves, label):
+        behind = axis.twinx()
+        behind.fill_between(range(len(order)), counts[order], step="mid", color="0.9", linewidth=0)
+        behind.set_ylabel("training images", color="0.5")
+        behind.tick_params(colors="0.5")
+        behind.set_ylim(0)
+        axis.set_zorder(behind.get_zorder() + 1)
+        axis.patch.set_visible(False)
+        for i, (name, y) in enumerate(curves.items()):
+            axis.plot(y, ".", color=f"C{i}", alpha=0.35, markersize=5)
+            axis.plot(moving_average(y), color=f"C{i}", label=name)
+        axis.set_ylabel(label)
+        axis.spines["top"].set_visible(False)
+        behind.spines["top"].set_visible(False)
+        axis.legend(frameon=False, loc="best")
+
+    first = next(iter(results))
+    protocol = results[first]["protocol"]
+    heading = score_headings(protocol["metric"])[score]
+    draw(axes[0], values, f"{heading} of the class")
+    if several:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = {name: np.where(y != 0, values[first] / y, np.nan) for name, y in values.items()}
+        draw(axes[1], ratios, f"{heading}, first run / this run")
+        axes[1].set_title("relative to the first run" + ("; above 1 is better" if score in ("fd", "kid") else ""), fontsize=10)
+    per = sorted({row["samples"] or 0 for table in rows.values() for row in table})
+    each = f"{per[0]}" if per[0] == per[-1] else f"{per[0]} to {per[-1]}"
+    axes[0].set_title(f"{protocol['dataset']}, {each} samples a class; lines: moving average of {SMOOTH}", fontsize=10)
+    axes[-1].set_xlabel("class, from head to tail")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def nearest(fake, real):
+    """The row of real (N, D) that each row of fake (M, D) is nearest to, and how far off: (M,) int64, (M,) float64."""
+    real, fake = as_pair(real, fake)
+    best = torch.full((len(fake),), math.inf, dtype=torch.float64, device=real.device)
+    index = torch.zeros(len(fake), dtype=torch.int64, device=real.device)
+    for i, j in tiles(len(fake), len(real)):
+        found, place = fast_squares(fake[i], real[j])[0].min(1)
+        index[i] = torch.where(found < best[i], place + j.start, index[i])
+        best[i] = torch.minimum(found, best[i])
+    return index.cpu(), torch.cat([exact_squares(f, real[n]) for f, n in zip(fake.split(TILE), index.split(TILE), strict=True)]
+                                  ).sqrt().cpu()  # fmt: skip
+
+
+NEAREST_ROWS, NEAREST_PAIRS = 10, 6  # classes, and images of each, in the picture
+
+
+def nearest_picture(images, labels, network, train, train_features, device="cpu", batch_size=100):
+    """A picture of samples, each beside the training image nearest to it in feature space: does the tail memorise?
+
+    Rows go from head to tail: all classes, or ten of them at equal steps, with the first six samples of each.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    order = datasets.head_to_tail(train.counts)
+    classes = [int(order[round(i)]) for i in np.linspace(0, len(order) - 1, min(len(order), NEAREST_ROWS))]
+    chosen = [torch.nonzero(labels == c).flatten()[:NEAREST_PAIRS] for c in classes]
+    shown = images[torch.cat(chosen)]
+    index, _ = nearest(extract_features(shown, network, device, batch_size)[0], train_features)
+    pairs = iter(zip(shown, train.images[index], strict=True))
+    size = max(48, images.shape[-1])
+    left, top, gap = 170, 22, 12
+    sheet = Image.new("RGB", (left + NEAREST_PAIRS * (2 * size + gap), top + len(classes) * (size + 4)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw.text((4, 6), "class, training images", "black", font)
+    draw.text((left, 6), "pairs: a sample, and beside it the training image nearest to it", "black", font)
+    for row, (c, mine) in enumerate(zip(classes, chosen, strict=True)):
+        y = top + row * (size + 4)
+        name = train.classes[c].encode("ascii", "replace").decode()[:20]
+        draw.text((4, y + size // 2), f"{name}, {int(train.counts[c])}", "black", font, anchor="lm")
+        for column in range(len(mine)):
+            for side, image in enumerate(next(pairs)):
+                tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.NEAREST)
+                sheet.paste(tile, (left + column * (2 * size + gap) + side * size, y))
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
+COSTS = """\
+what --scores takes, with seconds for 10,000 against 10,000 images, 2,048 features, 100 classes, thirds and classes included
+(two cores of an AMD EPYC that other jobs ran on too; without the features themselves)
+  fid     9 s  Frechet distance, of all and within classes
+  is      0 s  Inception Score
+  kid    28 s  kernel distance, unbiased, over all pairs of images
+  pr     48 s  precision and recall, balls to the 5th neighbour; 27 s once the reference's radii are kept
+  dc           density and coverage; with pr nothing more
+  prd    90 s  F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
+  lpips        mean LPIPS over all pairs of samples: a pass through AlexNet each; needs its weights and LPIPS's
+kid, pr and dc take four times as long for twice the images on both sides."""
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(description="Scores of a file of samples, from head to tail.")
+    parser = argparse.ArgumentParser(description="Scores of files of samples, from head to tail.", epilog=COSTS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = fail  # one line where argparse would print the usage too
-    parser.add_argument("samples", type=Path, help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
+    parser.add_argument("samples", type=Path, nargs="+",
+                        help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
     group = parser.add_argument_group("what to compare with")
     group.add_argument("--dataset", required=True, help="a name that datasets.py knows")
     group.add_argument("--reference", choices=datasets.SPLITS, default="reference",
@@ -586,11 +1151,29 @@ def parse_args():
                        "(default: that of --features, if it is one)")
     group.add_argument("--device", default="auto", help="auto (default): CUDA, else MPS, else the CPU")
     group.add_argument("--batch-size", type=int, default=100, help="images through the network at once (default: 100)")
+    group = parser.add_argument_group("scores")
+    group.add_argument("--scores", default=DEFAULT_SCORES, help="names with commas between, or all; their cost below "
+                       f"(default: {DEFAULT_SCORES})")
     group = parser.add_argument_group("output")
     group.add_argument("--per-class", action="store_true", help="print a row for each class")
     group.add_argument("--out", type=Path, help="directory for metrics.json and per_class.csv "
                        "(default: beside the samples, as <samples>-metrics.json, <samples>-per_class.csv)")
+    group.add_argument("--plot", nargs="?", const="fd", metavar="SCORE", help="write <samples>-SCORE.png: a score of each "
+                       "class from head to tail (default: fd), and that of the first file over that of each; needs matplotlib")
+    group.add_argument("--nearest", action="store_true",
+                       help="write <samples>-nearest.png: samples beside the training images nearest to them")
     args = parser.parse_args()
+    chosen_scores(args.scores)
+    if args.plot:
+        of = [name for name, fields in SCORES.items() if args.plot in fields]
+        if not of:
+            fail(f"--plot {args.plot}: choose from {', '.join(field for fields in SCORES.values() for field in fields)}")
+        if args.scores != "all" and of[0] not in chosen_scores(args.scores):
+            fail(f"--plot {args.plot} needs --scores {of[0]}")
+        if not importlib.util.find_spec("matplotlib"):  # now, not after the scores
+            fail("--plot draws with matplotlib, which is not installed: pip install matplotlib")
+    if args.out and len(args.samples) > 1:
+        fail("--out goes with one file of samples")
     if args.batch_size < 1:
         fail(f"--batch-size {args.batch_size}: at least 1")
     return args
@@ -598,21 +1181,40 @@ def parse_args():
 
 def main():
     args = parse_args()
-    images, labels = load_samples(args.samples)
-    device, seen = pick_device(args.device), None
-    if args.annotator:
-        classes = datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho).classes
-        annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
-        seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
-    result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                      args.image_size, device, args.batch_size, seen)
-    print(format_table(result, args.per_class))
-    if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: {error}") from error
-    print("wrote", *write_scores(result, args.out or args.samples.with_suffix("")))
+    device, results = pick_device(args.device), {}
+    where = (args.dataset, args.data_dir)
+    for path in args.samples:
+        images, labels = load_samples(path)
+        if labels is None and (args.plot or args.nearest):
+            fail(f"{path} has no labels, which --plot and --nearest need")
+        seen = None
+        if args.annotator:
+            classes = datasets.load(*where, args.reference, args.image_size, args.rho).classes
+            annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, images.shape[-1])
+            seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
+        result = evaluate(images, labels, *where, args.features, args.reference, args.rho, args.image_size, device,
+                          args.batch_size, seen, args.scores)  # fmt: skip
+        print(f"{path}: " * (len(args.samples) > 1) + format_table(result, args.per_class))
+        results[str(path)] = result
+        if args.out:
+            try:
+                args.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {args.out}: {error}") from error
+        out = args.out or path.with_suffix("")
+        print("wrote", *write_scores(result, out))
+        if args.nearest:
+            train = datasets.load(*where, "train", args.image_size, args.rho)
+            network, features = load_reference(train, *where, args.features, "train", result["protocol"]["rho"], device,
+                                               args.batch_size)  # fmt: skip
+            picture = nearest_picture(images, labels, network, train, features, device, args.batch_size)
+            with atomic_write(beside(out, "nearest.png")) as file:
+                picture.save(file, format="png")
+            print("wrote", beside(out, "nearest.png"))
+    if args.plot:
+        path = beside(args.out or args.samples[0].with_suffix(""), f"{args.plot}.png")
+        plot_classes(results, path, args.plot)
+        print("wrote", path)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ POLICIES = ("color", "translation", "cutout")
 
 # May differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every", "eval_images", "eval_only",
-        "features", "reference", "sample_seed", "classifier"}  # classifier: its labels are compared
+        "features", "reference", "scores", "sample_seed", "classifier"}  # classifier: its labels are compared
 
 
 def parse_settings(argv=None):
@@ -183,6 +183,7 @@ def parse_settings(argv=None):
     group.add_argument("--sample-seed", type=int, default=0, help="other ones: other samples, in a directory of their own")
     group.add_argument("--features", help="inception, inception-fid (FID as published) or classifier:PATH; default: a "
                        "classifier of the shapes for shapes, inception otherwise")
+    group.add_argument("--scores", default="fid,is", help="of the final samples: names that metrics.py knows, or all")
     group.add_argument("--reference", choices=datasets.SPLITS, help="split to compare samples with")
 
     parser.set_defaults(**RECIPES[size], rho=rho)
@@ -847,7 +848,7 @@ def main(argv=None):
             np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=y.numpy())
         try:
             result = metrics.evaluate(images, y, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                                      args.image_size, device=device)
+                                      args.image_size, device=device, scores=args.scores)
         except InputError as error:  # most often: no weights for the features, and no network to get them
             print(f"{where / 'samples.npz'} is written but not scored: {error}. Then the same command goes on from here.")
             return

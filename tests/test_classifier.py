@@ -956,3 +956,40 @@ def test_command_line_errors_are_one_line(run_script, tmp_path):
     assert done.returncode == 2 and "unknown data set 'shape'" in done.stderr
     assert done.stderr.startswith("classifier.py: error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real and generated images together: CBDM, Table 4
+# ----------------------------------------------------------------------------------------------------------------------
+def test_macro_precision_and_recall():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    seen = torch.tensor([0, 0, 1, 1, 3, 0])
+    # precision: 2 of 3 taken for 0, 1 of 2 for 1, none of class 2; recall: 2/3, 1/2, 0; class 3 has no images
+    found = classifier.macro_precision_recall(seen, labels, 4)
+    assert found == pytest.approx(((2 / 3 + 1 / 2 + 0) / 3, (2 / 3 + 1 / 2 + 0) / 3))
+    seen = torch.tensor([0, 1, 1, 1, 1, 2])
+    assert classifier.macro_precision_recall(seen, labels, 3) == pytest.approx(((1 + 2 / 4 + 1) / 3, (1 / 3 + 1 + 1) / 3))
+
+
+def test_generated_images_are_added_to_the_real_ones(tmp_path):
+    real = datasets.load("shapeslt", tmp_path, "train", 8)
+    added = datasets.load("shapes", tmp_path, "reference", 8)
+    images = added.images[::20].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", images=images, labels=added.labels[::20].numpy())
+    command = ["--dataset", "shapeslt", "--image-size", "8", "--epochs", "1", "--data-dir", str(tmp_path), "--device", "cpu",
+               "--add", str(tmp_path / "samples.npz")]  # fmt: skip
+    args = classifier.parse_settings(command)
+    both, test_set, counts = classifier.load_data(args, "cpu")
+    assert len(both.labels) == len(real.labels) + 200 and torch.equal(counts, real.counts)
+    assert torch.equal(both.images[-200:], added.images[::20]) and torch.equal(both.labels[: len(real.labels)], real.labels)
+    classifier.main(command)
+    run_dir = tmp_path / "with-samples-shapeslt-8px-rho100-epochs1-s0"
+    result = json.loads((run_dir / "metrics.json").read_text())
+    network = classifier.load_classifier(run_dir / "classifier.pt")
+    seen = classifier.outputs(network, test_set.images).argmax(1)
+    recall = [(seen[test_set.labels == k] == k).double().mean().item() for k in range(10)]
+    precision = [(test_set.labels[seen == k] == k).double().mean().item() if (seen == k).any() else 0 for k in range(10)]
+    assert result["macro_recall"] == pytest.approx(np.mean(recall)) == pytest.approx(result["test_accuracy"]["all"])
+    assert result["macro_precision"] == pytest.approx(np.mean(precision)) and result["loss"] == "ce"
+    with pytest.raises(classifier.InputError, match="--train-on and --add each say what to learn from"):
+        classifier.parse_settings([*command, "--train-on", "x.npz"])

@@ -2,6 +2,7 @@ import colorsys
 import csv
 import json
 import math
+import sys
 import time
 import urllib.error
 
@@ -152,6 +153,301 @@ def test_intra_fid_of_many_small_classes_is_quick():
 def test_intra_fid_refuses_labels_that_do_not_match(labels):
     with pytest.raises(ValueError, match="fake: wanted are 50 class indices"):
         intra_fid(features(60, 8), np.zeros(60, int), features(50, 8), labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# KID, precision, recall, density, coverage: against double sums and brute force
+# ----------------------------------------------------------------------------------------------------------------------
+def kid_by_hand(real, fake):
+    """The textbook's double sums, one pair at a time."""
+    def k(x, y):
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    def among(a):
+        return sum(k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j) / (len(a) * (len(a) - 1))
+
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
+    return among(real) + among(fake) - 2 * sum(k(x, y) for x in real for y in fake) / (len(real) * len(fake))
+
+
+@pytest.mark.parametrize("tile", [7, 16, 2048])
+def test_kid_is_the_double_sum(monkeypatch, tile):
+    """With tiles that do and don't divide the 40 and 30 images, and one for all."""
+    monkeypatch.setattr(metrics, "TILE", tile)
+    real, fake = features(40, 20), features(30, 20, shift=0.3, seed=1)
+    expected = kid_by_hand(real, fake)
+    assert expected > 0.1 and metrics.kernel_inception_distance(real, fake) == pytest.approx(expected, abs=1e-9, rel=1e-9)
+    assert metrics.kernel_inception_distance(fake, torch.from_numpy(real)) == pytest.approx(expected, rel=1e-9)
+    # a subset as large as the set is the set
+    assert metrics.kid_of_subsets(fake, fake[::-1], subsets=3, size=99)[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_has_no_bias_by_sample_size_and_fid_has():
+    """Halves of one set: the same distribution, so the distance is 0. FID says 1/n of something else; KID says 0."""
+    fid, kid = {}, {}
+    for n in (50, 100, 200, 400):
+        pairs = [(features(n, 16, seed=2 * i), features(n, 16, seed=2 * i + 1)) for i in range(20)]
+        mixing = np.diag(0.9 ** np.arange(16)).astype(np.float32)  # one distribution: `features` mixes by its seed
+        pairs = [[np.random.default_rng([n, i, side]).standard_normal((n, 16)).astype(np.float32) @ mixing
+                  for side in (0, 1)] for i in range(len(pairs))]  # fmt: skip
+        fid[n] = np.mean([frechet_distance(a, b) for a, b in pairs])
+        kid[n] = np.array([metrics.kernel_inception_distance(a, b) for a, b in pairs])
+    for n in (50, 100, 200):
+        assert fid[n] / fid[2 * n] == pytest.approx(2, rel=0.3)
+    for values in kid.values():
+        assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values)) and (values < 0).any()
+
+
+def distances(a, b):
+    """By differences, in float64; (n, D), (m, D) -> (n, m)."""
+    return np.sqrt(((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(2))
+
+
+def brute_force(real, fake, k):
+    """precision, recall, density, coverage from three whole tables of distances, sorted."""
+    def radii(x):
+        table = distances(x, x)
+        return np.array([np.sort(np.delete(row, i))[k - 1] for i, row in enumerate(table)])
+
+    table, r, f = distances(real, fake), radii(real), radii(fake)
+    inside_real, inside_fake = table < r[:, None], table < f[None]
+    return (inside_real.any(0).mean(), inside_fake.any(1).mean(), inside_real.sum() / (k * len(fake)),
+            inside_real.any(1).mean())  # fmt: skip
+
+
+def sets_with_ties():
+    """Pairs of sets in which distance and radius are often the same number, or nearly."""
+    r = np.random.default_rng(7)
+    plain, other = features(60, 24), features(45, 24, shift=0.1, seed=1)
+    far = features(60, 24) * np.float32(1e-3) + 1000  # |x|^2 + |y|^2 - 2 x.y loses nine digits here
+    lattice, lattice2 = r.integers(0, 3, (70, 4)).astype(np.float32), r.integers(0, 3, (50, 4)).astype(np.float32)
+    shared = np.concatenate([plain[:30], other[:20]])
+    copies = np.repeat(other[:8], 7, 0)
+    return {"plain": (plain, other), "same": (plain, plain), "permuted": (plain, plain[r.permutation(60)]),
+            "shared": (plain, shared), "far": (far, far[::-1][:40]), "lattice": (lattice, lattice2),
+            "collapsed": (plain, copies), "onto a real one": (plain, np.repeat(plain[:1], 20, 0)),
+            "doubled": (np.repeat(plain, 2, 0), plain)}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [16, 2048])
+@pytest.mark.parametrize("name", sets_with_ties())
+def test_balls_are_those_of_brute_force_to_the_last_count(monkeypatch, name, tile):
+    monkeypatch.setattr(metrics, "TILE", tile)
+    real, fake = sets_with_ties()[name]
+    for k in (1, 5):
+        expected = brute_force(real, fake, k)
+        found = (*metrics.precision_recall(real, fake, k), *metrics.density_coverage(real, fake, k))
+        counts = np.array([len(fake), len(real), len(fake) * k, len(real)])
+        assert np.array_equal(np.rint(np.array(found) * counts), np.rint(np.array(expected) * counts)), (found, expected)
+        assert found == pytest.approx(expected, abs=1e-12)
+        known = metrics.neighbour_radii(real, k).numpy()
+        assert np.allclose(np.sqrt(known), np.sort(distances(real, real) + np.diag([np.inf] * len(real)), 1)[:, k - 1])
+        assert metrics.balls(torch.from_numpy(real.copy()), torch.from_numpy(fake.copy()), k, known) == found
+
+
+def test_what_precision_and_recall_are_known_to_be():
+    real, fake = features(200, 8), features(150, 8, shift=0.5, seed=1)
+    precision, recall = metrics.precision_recall(real, fake)
+    assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95 and precision != recall
+    assert metrics.precision_recall(fake, real) == (recall, precision)  # exchanged with the sets
+    order = np.random.default_rng(3).permutation(200)
+    assert metrics.balls(real[order], fake[order[order < 150]]) == pytest.approx(metrics.balls(real, fake), abs=1e-12)
+    assert metrics.balls(real, real) == (1, 1, 1, 1)  # without duplicates each ball holds its own centre and k - 1 others
+    assert metrics.balls(real, real + 1000) == (0, 0, 0, 0)
+    collapsed = np.repeat(real[:1], 150, 0)  # one real image, again and again
+    precision, recall, density, coverage = metrics.balls(real, collapsed)
+    assert precision == 1 and recall == 0 and density > 0.1 and 0 < coverage < 0.1
+    # 0, 1, 2, 3 on a line, k = 1: all radii are 1. 0.5 is in two real balls, 3.5 in that of 3; distance 1 is not inside
+    line = np.array([[0.0], [1], [2], [3]])
+    fake = np.array([[0.5], [3.5], [4.0], [9.0]])  # radii 3, 0.5, 0.5, 5
+    assert metrics.balls(line, fake, 1) == (2 / 4, 4 / 4, 3 / 4, 3 / 4)
+
+
+@pytest.mark.parametrize("function", [metrics.precision_recall, metrics.density_coverage])
+def test_too_few_images_for_a_fifth_neighbour(function):
+    assert function(features(6, 3), features(6, 3)) == (1, 1)
+    for real, fake in ((5, 6), (6, 5)):
+        with pytest.raises(ValueError, match="5 images have no 5-th neighbours"):
+            function(features(real, 3), features(fake, 3))
+    with pytest.raises(ValueError, match="3 dimensions, fake ones 4"):
+        function(features(9, 3), features(9, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        function(features(9, 3), np.full((9, 3), np.nan))
+
+
+def test_all_pairs_are_never_at_hand():
+    """Twenty times the images, no more memory than a few tiles: 3,000 x 3,000 in float64 are 72 MB."""
+    x = features(3000, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "TILE", 100)
+        largest, real_empty = [], torch.addmm
+
+        def watched(*arguments, **more):
+            out = real_empty(*arguments, **more)
+            largest.append(out.numel())
+            return out
+
+        patch.setattr(torch, "addmm", watched)
+        metrics.balls(x[:900], x[900:1700])
+    assert max(largest) == 100 * 100
+
+
+def test_any_score_within_classes():
+    real, fake = features(90, 6), features(80, 6, shift=0.2, seed=1)
+    real_labels, fake_labels = np.arange(90) % 4, np.arange(80) % 3  # class 3 has no fake images
+    real_labels[real_labels == 2] = 3
+    real_labels[:4] = 2  # class 2: four real images
+    mean, deviation, per_class = metrics.intra_class(metrics.precision_recall, real, real_labels, fake, fake_labels, least=6)
+    expected = [brute_force(real[real_labels == k], fake[fake_labels == k], 5)[:2] for k in (0, 1)]
+    assert per_class.shape == (4, 2) and per_class[:2] == pytest.approx(np.array(expected)) and np.isnan(per_class[2:]).all()
+    assert mean == pytest.approx(np.mean(expected, 0)) and deviation == pytest.approx(np.std(expected, 0))
+    kid = metrics.intra_class(metrics.kernel_inception_distance, real, real_labels, fake, fake_labels)
+    by_hand = [kid_by_hand(real[real_labels == k], fake[fake_labels == k]) for k in range(3)]
+    assert kid[2][:3] == pytest.approx(by_hand) and kid[0] == pytest.approx(np.mean(by_hand)) and math.isnan(kid[2][3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision and recall of distributions
+# ----------------------------------------------------------------------------------------------------------------------
+def modes(which, each, seed=0):
+    """`each` images in each of these modes, far apart."""
+    r = np.random.default_rng(seed)
+    places = np.random.default_rng(5).standard_normal((20, 16)) * 100
+    return np.concatenate([places[m] + r.standard_normal((each, 16)) for m in which]).astype(np.float32)
+
+
+def test_prd_of_histograms():
+    """20 equal modes, of which the generator makes half: precision = min(lambda / 2, 1), recall = min(1 / 2, 1 / lambda)."""
+    p, q = np.full(20, 1 / 20), np.repeat([1 / 10, 0], 10)
+    precision, recall = metrics.prd_curve(p, q)
+    slope = np.tan(np.linspace(1e-6, np.pi / 2 - 1e-6, 1001))
+    assert precision == pytest.approx(np.minimum(slope / 2, 1)) and recall == pytest.approx(np.minimum(1 / 2, 1 / slope))
+    # the corner of that curve is precision 1, recall 1/2: F = (1 + b^2) / (2 b^2 + 1) ... with b = 8 and 1/8
+    corner = [65 / 2 / (64 + 1 / 2), (65 / 64) / 2 / (1 / 64 + 1 / 2)]
+    assert [metrics.f_beta(precision, recall, b) for b in (8, 1 / 8)] == pytest.approx(corner, abs=1e-3)
+    assert corner == pytest.approx([0.5039, 0.9848], abs=1e-4)
+    assert [metrics.f_beta(*metrics.prd_curve(q, p), b) for b in (8, 1 / 8)] == pytest.approx(corner[::-1], abs=1e-3)
+    assert [metrics.f_beta(*metrics.prd_curve(p, p), b) for b in (8, 1 / 8)] == pytest.approx([1, 1], abs=2e-3)
+    assert metrics.f_beta(*metrics.prd_curve(p[:10] * 2, 0 * p[:10]), 8) == 0
+
+
+def test_prd_sees_what_is_missing_and_what_is_wrong():
+    """F_8 falls when half of the modes are missing, F_1/8 when half of the images are like nothing real."""
+    real = modes(range(10), 40)
+    f8, f1_8 = metrics.prd_f_beta(real, modes(range(10), 40, seed=1), 40)
+    assert f8 > 0.85 and f1_8 > 0.85
+    f8, f1_8 = metrics.prd_f_beta(real, modes(range(5), 80, seed=1), 40)
+    assert f8 < 0.6 and f1_8 > 0.85
+    f8, f1_8 = metrics.prd_f_beta(real, modes(range(20), 20, seed=1), 40)
+    assert f8 > 0.85 and f1_8 < 0.6
+    assert max(metrics.prd_f_beta(real, modes(range(10, 20), 40), 80)) < 0.1  # a random start may give two modes one cluster
+    with pytest.raises(ValueError, match="30 clusters of 25 images"):
+        metrics.prd_f_beta(real, real[:25], 30)
+
+
+def test_prd_is_that_of_another_k_means():
+    """SciPy's k-means (Lloyd, k-means++) in the place of ours: F within the spread of single clusterings."""
+    import scipy.cluster.vq
+
+    real, fake = features(300, 12), features(300, 12, shift=0.4, seed=1)
+    both = np.concatenate([real, fake]).astype(np.float64)
+    curves = []
+    for seed in range(10):
+        _, mine = scipy.cluster.vq.kmeans2(both, 20, minit="++", rng=np.random.default_rng(seed))
+        curves.append(metrics.prd_curve(*(np.bincount(part, minlength=20) / 300 for part in np.split(mine, 2))))
+    single = [metrics.prd_f_beta(real, fake, 20, clusterings=1, seed=seed) for seed in range(10)]
+    found = metrics.prd_f_beta(real, fake, 20)
+    for i, beta in enumerate((8, 1 / 8)):
+        spread = np.std([s[i] for s in single])
+        assert 0.003 < spread < 0.1
+        assert abs(found[i] - metrics.f_beta(*np.mean(curves, 0), beta)) < 3 * spread
+    assert metrics.prd_f_beta(real, fake, 20) == found  # seeded
+    assert metrics.prd_f_beta(real, np.concatenate([fake, fake]), 20) == pytest.approx(found, abs=0.1)  # unequal numbers
+
+
+def test_k_means_is_as_good_as_lloyds():
+    """Within-cluster squares of SciPy's k-means from random rows too, which goes over all rows until nothing moves."""
+    import scipy.cluster.vq
+
+    x = features(600, 10)
+
+    def squares(mine):
+        return sum(((x[mine == c] - x[mine == c].mean(0)) ** 2).sum() for c in np.unique(mine))
+
+    ours = [squares(metrics.k_means(torch.from_numpy(x), 15, np.random.default_rng(s)).numpy()) for s in range(10)]
+    lloyd = [squares(scipy.cluster.vq.kmeans2(x, 15, minit="points", rng=np.random.default_rng(s))[1]) for s in range(10)]
+    assert np.mean(lloyd) * 0.95 < np.mean(ours) < np.mean(lloyd) * 1.1 < squares(np.arange(600) % 15) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS, with random weights in the place of the published ones
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def lpips_home(tmp_path_factory):
+    """A TORCH_HOME with the weights of AlexNet and of LPIPS under their published names; and the two networks."""
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("torch")
+        patch.setenv("TORCH_HOME", str(home))
+        folder = home / "hub" / "checkpoints"
+        folder.mkdir(parents=True)
+        torch.manual_seed(4)
+        network = torch.nn.Module()
+        with torch.device("meta"):
+            network.features = alexnet().features
+        network.to_empty(device="cpu")
+        for layer in network.features:
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.reset_parameters()
+        unused = {"classifier.6.bias": torch.zeros(1000)}
+        torch.save(network.state_dict() | unused, folder / AlexNet_Weights.IMAGENET1K_V1.url.split("/")[-1])
+        heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+        torch.save(heads, folder / "alex.pth")
+        yield folder, network, heads
+
+
+@torch.no_grad()
+def lpips_of_a_pair(x, y, network, heads):
+    """The published definition, one pair at a time."""
+    def layers(image):
+        image = (image[None] / 127.5 - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
+            [0.458, 0.448, 0.45]).view(3, 1, 1)  # fmt: skip
+        return [F.normalize(network.features[:end](image).double(), dim=1, eps=1e-10) for end in (2, 5, 8, 10, 12)]
+
+    return sum(((a - b) ** 2 * heads[f"lin{i}.model.1.weight"]).sum(1).mean().item()
+               for i, (a, b) in enumerate(zip(layers(x), layers(y), strict=True)))  # fmt: skip
+
+
+def test_lpips_diversity_is_the_mean_over_all_pairs(lpips_home):
+    _, network, heads = lpips_home
+    images = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (7, 3, 40, 36), dtype=np.uint8))
+    images[3] = images[1]  # duplicates are pairs too
+    pairs = [lpips_of_a_pair(images[i], images[j], network, heads) for i in range(7) for j in range(i)]
+    assert metrics.lpips_diversity(images, batch_size=3) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert min(pairs) == 0 and np.mean(pairs) > 0.01
+    assert metrics.lpips_diversity(images[[0, 0, 0]]) == pytest.approx(0, abs=1e-9)
+    assert metrics.lpips_diversity(images[:2]) == pytest.approx(pairs[0], rel=1e-5)
+    for wrong in (images[:1], images[:, :, :30]):
+        with pytest.raises(InputError, match="two images of 31 pixels"):
+            metrics.lpips_diversity(wrong)
+
+
+def test_lpips_weights_that_are_not_there(lpips_home, monkeypatch):
+    def no_network(url, *rest, **more):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    heads = lpips_home[0] / "alex.pth"
+    content = heads.read_bytes()
+    heads.unlink()
+    with pytest.raises(InputError, match=f"copy that file to {heads}, or leave lpips out of --scores"):
+        metrics.load_lpips()
+    torch.save({"lin0.model.1.weight": torch.zeros(3)}, heads)
+    with pytest.raises(InputError, match="alex.pth does not hold the weights of LPIPS"):
+        metrics.load_lpips()
+    heads.write_bytes(content)
+    assert [len(w) for w in metrics.load_lpips().weights] == [64, 192, 384, 256, 256]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -502,6 +798,128 @@ def test_a_classifier_of_other_classes_does_not_judge(data_dir, samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# All scores, pictures
+# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_evaluate_gives_every_score_asked_for(data_dir, samples):
+    images, labels = samples
+    keep = (labels != 8) & (labels != 9) | (torch.arange(500) < 405)  # five samples of class 8, none of 9
+    images, labels = images[keep], labels[keep]
+    result = shapes_result(data_dir, images, labels, scores="all")
+    assert result["protocol"]["scores"] == ["fid", "kid", "pr", "dc", "prd", "is"]
+    assert "31 pixels" in result["protocol"]["left_out"][0] and "31 pixels" in metrics.format_table(result)
+    network = write_judge(data_dir / "the-same-again.pt")
+    real = datasets.load("shapes", data_dir, "reference", SIZE)
+    a, b = (network.features(x / 127.5 - 1).numpy() for x in (real.images, images))
+    for group, classes in (("all", range(10)), ("tail", [7, 8, 9]), (3, [3])):
+        row = result["per_class"][group] if group == 3 else result[group]
+        theirs, mine = a[np.isin(real.labels, classes)], b[np.isin(labels, classes)]
+        assert row["kid"] == pytest.approx(metrics.kernel_inception_distance(theirs, mine), rel=1e-2, abs=1e-5)
+        found = [row[name] for name in ("precision", "recall", "density", "coverage")]
+        assert found == pytest.approx(metrics.balls(theirs, mine), abs=0.02)
+        if group == 3:
+            assert (row["f8"], row["f1_8"]) == pytest.approx(metrics.prd_f_beta(theirs, mine, 20), abs=0.05)
+    eight, nine = result["per_class"][8:]
+    assert eight["kid"] is not None and eight["fd"] is not None  # two images are enough
+    for name in ("precision", "recall", "density", "coverage", "f8", "f1_8"):
+        assert eight[name] is nine[name] is nine["kid"] is None
+        classes = [row[name] for row in result["per_class"][:8]]
+        assert result["all"][f"intra_{name}"] == pytest.approx(np.mean(classes))
+        assert result["all"][f"intra_{name}_std"] == pytest.approx(np.std(classes))
+        assert result["tail"][f"intra_{name}"] == classes[7]
+    lines = metrics.format_table(result, per_class=True).splitlines()
+    assert any(line.split()[:3] == ["KD", "precision", "recall"] for line in lines)
+    json.dumps(result, allow_nan=False)
+
+
+def test_scores_not_asked_for_are_not_computed(data_dir, samples, monkeypatch):
+    for name in ("balls", "prd_f_beta", "frechet_distance", "inception_score", "neighbour_radii"):
+        monkeypatch.setattr(metrics, name, None)
+    result = shapes_result(data_dir, *samples, scores=["kid"])
+    assert result["all"]["kid"] is not None and result["all"]["fd"] is None and "recall" not in result["all"]
+    unlabelled = shapes_result(data_dir, samples[0], None, scores="kid")
+    assert unlabelled["all"]["kid"] == result["all"]["kid"] and unlabelled["all"]["intra_kid"] is None
+    assert unlabelled["tail"]["kid"] is unlabelled["per_class"][0]["kid"] is None
+    with pytest.raises(InputError, match="unknown score 'kidd'; choose from fid, kid"):
+        shapes_result(data_dir, *samples, scores="fid,kidd")
+    with pytest.raises(InputError, match="31 pixels"):  # asked for by name: not left out silently
+        shapes_result(data_dir, *samples, scores="lpips")
+
+
+def test_radii_of_the_reference_are_kept(tmp_path, monkeypatch):
+    x = torch.from_numpy(features(60, 6))
+    parts = {"all": np.zeros(60, int), "class": np.repeat([0, 1, 2], [30, 26, 4])}
+    file = tmp_path / "shapes.npz", "these images"
+    radii = metrics.reference_radii(x, parts, file)
+    table = distances(x.numpy(), x.numpy()) + np.diag([np.inf] * 60)
+    assert np.sqrt(radii["all"]) == pytest.approx(np.sort(table, 1)[:, 4])
+    assert np.sqrt(radii["class"][30:56]) == pytest.approx(np.sort(table[30:56, 30:56], 1)[:, 4])
+    assert np.isnan(radii["class"][56:]).all()  # four images have no fifth neighbours
+    calls, compute = [], metrics.neighbour_radii
+    monkeypatch.setattr(metrics, "neighbour_radii", lambda *a: calls.append(1) or compute(*a))
+    again = metrics.reference_radii(x, parts, file)
+    assert not calls and all(np.array_equal(again[name], radii[name], equal_nan=True) for name in parts)
+    metrics.reference_radii(x, parts | {"class": np.repeat([0, 1], 30)}, file)
+    assert len(calls) == 3  # other classes: made again
+    metrics.reference_radii(x, parts, (file[0], "other images"))
+    assert len(calls) == 6
+
+
+def test_moving_average():
+    nan = np.nan
+    assert metrics.moving_average([1, 2, 6, 3, 8, 5]) == pytest.approx([3, 3, 4, 24 / 5, 22 / 4, 16 / 3])
+    assert metrics.moving_average([nan, 2, nan, nan, nan, nan, nan, 4]) == pytest.approx(
+        [2, 2, 2, 2, nan, 4, 4, 4], nan_ok=True)  # fmt: skip
+
+
+def test_nearest(monkeypatch):
+    monkeypatch.setattr(metrics, "TILE", 16)
+    real, fake = features(50, 8), features(40, 8, seed=1)
+    fake[3] = real[17]
+    index, far = metrics.nearest(fake, real)
+    table = distances(fake, real)
+    assert np.array_equal(index, table.argmin(1)) and far.numpy() == pytest.approx(table.min(1))
+    assert index[3] == 17 and far[3] == 0
+
+
+def test_samples_beside_their_nearest_training_images(data_dir):
+    """Samples that are training images: the two of each pair are the same picture."""
+    train = datasets.load("shapeslt", data_dir, "train", SIZE)
+    network = metrics.load_feature_network(f"classifier:{data_dir}/classifier-shapes-{SIZE}.pt")
+    features, _ = metrics.extract_features(train.images, network)
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(1))
+    picture = metrics.nearest_picture(train.images[order], train.labels[order], network, train, features)
+    pixels = np.asarray(picture)[22:, 170:]
+    pairs = [pixels[r * 52 : r * 52 + 48, c * 108 : c * 108 + 96] for r in range(10) for c in range(6)]
+    same = [np.array_equal(pair[:, :48], pair[:, 48:]) for pair in pairs]
+    assert np.mean(same) > 0.95  # two images may share their features
+    first = order[train.labels[order] == 9][0]  # the last row is the class with the fewest images
+    shown = pairs[54][4:48:6, 4:48:6]  # 8 pixels drawn as 48
+    assert np.array_equal(shown[:8, :8], train.images[first].permute(1, 2, 0).numpy())
+
+
+def test_plot(data_dir, samples, tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    result = shapes_result(data_dir, *samples)
+    result["per_class"][4]["fd"] = None  # a class without samples is a gap
+    metrics.plot_classes({"a": result}, tmp_path / "one.png")
+    metrics.plot_classes({"a": result, "b": result}, tmp_path / "two.png")
+    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
+    assert one.width == two.width > 800 and two.height > 1.5 * one.height
+    assert len(np.unique(np.asarray(two.convert("RGB")).reshape(-1, 3), axis=0)) > 20  # not a white sheet
+
+
+def test_plot_without_matplotlib(data_dir, samples, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        metrics.plot_classes({"a": shapes_result(data_dir, *samples)}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Reference features on disk
 # ----------------------------------------------------------------------------------------------------------------------
 class Counting:
@@ -642,6 +1060,7 @@ def test_command_line(run_script, data_dir, samples):
     (["--dataset", "shapes"], "required: samples"),
     (["missing.npz", "--dataset", "shapes"], "no samples at missing.npz"),
     (["s.npz", "--dataset", "shapes", "--batch-size", "0"], "--batch-size 0"),
+    (["s.npz", "--dataset", "shapes", "--plot", "recall"], "--plot recall needs --scores pr"),
     (["s.npz", "--dataset", "shopes"], "unknown data set"),
 ])  # fmt: skip
 def test_command_line_errors_are_one_line(run_script, tmp_path, arguments, message):
