@@ -633,6 +633,8 @@ def test_held_out_images():
     learnt, watched = classifier.held_out(data, 0.1)
     assert watched.counts.tolist() == [3, 1, 1, 0] and (learnt.counts + watched.counts).tolist() == counts.tolist()
     assert sorted(torch.cat([learnt.images, watched.images])[:, 0, 0, 0].tolist()) == list(range(46))
+    learnt, _ = classifier.held_out(data, 0.99)
+    assert learnt.counts.min() == 1  # something is left to learn from
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path, monkeypatch, capsys):

@@ -461,6 +461,45 @@ def test_a_whole_run_leaves_everything_it_promises(judge, tmp_path, run_script, 
     assert (run / "checkpoint.pt").read_bytes() == before and json.loads((run / "metrics.json").read_text()) == scores
 
 
+def test_picture_of_borrowed_images(tmp_path, monkeypatch):
+    """Fig. 2: of other classes, those that count most, the most first; white where fewer than a row count."""
+    shown = []
+    monkeypatch.setattr(softlabel_gan, "write_grid", lambda path, images, columns: shown.append(images))
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).repeat(1, 3, 8, 8)
+    train = ImageSet(images, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b"])
+    y_hat = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.995, 0.005], [0.0, 1.0], [0.02, 0.98], [0.01, 0.99]])
+    softlabel_gan.draw_borrowed(tmp_path / "x.png", train, y_hat, torch.tensor([0, 1]))
+    assert shown[0][:, 0, 0, 0].tolist() == [4] + [255] * 9 + [1, 0] + [255] * 8
+
+
+def folder(where, *counts):
+    """PATH/train with this many images in each class."""
+    for c, n in enumerate(counts):
+        (where / "train" / str(c)).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.full((16, 16, 3), 60 * c + i, np.uint8)).save(where / "train" / str(c) / f"{i}.png")
+    return ["--dataset", f"folder:{where}", "--image-size", "16", "--data-dir", str(where / "data")]
+
+
+def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
+    """Two classes, one of a single image; also: its distance has no covariance, and is left out."""
+    monkeypatch.chdir(tmp_path)
+    run = [*TINY[4:], *folder(tmp_path / "mine", 9, 1)]
+    monkeypatch.setattr(softlabel_gan, "soft_labels", lambda C, images, device: torch.tensor([[0.98, 0.02]] * 10))
+    classifier.main([*run[-6:], "--soft-labels", "--epochs", "1", "--run-dir", "c"])
+    judge = ["--classifier", "c/classifier.pt", "--features", "classifier:c/classifier.pt", "--eval-images", "4"]
+    softlabel_gan.main([*run, *judge, "--run-dir", "run"])
+    said = capsys.readouterr()
+    assert "gives 1 less than a quarter" in said.err and "training images right" in said.out
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0 and scores["all"]["fd"] > 0
+
+
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has one class"):
+        softlabel_gan.main([*TINY[4:], *folder(tmp_path / "mine", 4), "--labels", "onehot", "--run-dir", str(tmp_path / "run")])
+
+
 # ------------------------------------------------------------------------------------------------- settings and errors
 
 
@@ -481,6 +520,7 @@ def test_defaults_are_the_papers():
     ["--width", "0"], ["--image-size", "17"], ["--save-every", "0"], ["--eval-images", "-1"], ["--rho", "0.5"],
     ["--seed", "-1"], ["--oversample", "1.5"], ["--smoothing", "-0.1"], ["--diffaug", "colour"], ["--labels", "hard"],
     ["--classifier", "nowhere.pt"], ["--features", "classifier:nowhere.pt"], ["--minimum-class", "65"],
+    ["--labels", "soft", "--smoothing", "0.3"], ["--features", "classifier:"], ["--eval-images", "1"],
     ["--minimum-class", "50", "--dataset", "cifar10imb"], ["--labels", "onehot", "--classifier", __file__], ["--eval-only"],
 ])  # fmt: skip
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
@@ -496,6 +536,9 @@ def test_another_configuration_in_the_directory(tmp_path):
     softlabel_gan.main(run)
     with pytest.raises(InputError, match="--labels onehot there, smooth now"):
         softlabel_gan.main([*run, "--labels", "smooth"])
+    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
+    with pytest.raises(InputError, match="foreign.pt is damaged"):
+        softlabel_gan.load_checkpoint(tmp_path / "foreign.pt", "cpu")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK damaged")
     with pytest.raises(InputError, match="checkpoint.pt is damaged"):
         softlabel_gan.main(run)
