@@ -199,6 +199,10 @@ def check_settings(args):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
     if (args.features or "").startswith("classifier:") and not Path(args.features.removeprefix("classifier:")).is_file():
         fail(f"--features {args.features}: there is no such file")  # now, and not after days of training
+    if args.scores != "fid,is":  # the default needs no check, and the module a second
+        import metrics
+
+        metrics.chosen_scores(args.scores)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -395,7 +395,8 @@ def kid_of_subsets(real, fake, subsets=100, size=1000, seed=0):
 #
 # "Inside" is strictly nearer than the radius (prdc, the code of CBDM and of Softlabel-GAN). All four are counts of
 # comparisons, so they have to be decided right: |x|^2 + |y|^2 - 2 x.y is fast but rounded, and where two sets share images
-# distance and radius are the same number. Pairs too near to call are measured again, by differences.
+# distance and radius are the same number. Pairs too near to call are measured again, by differences. (Not decided right: more
+# than k + 3 images of a set that differ only in the last bits of float32, but do differ.)
 def exact_squares(a, b):
     """|a_i - b_i|^2 of rows (P, D): float64 on `a`'s device, the same to the last bit for (b, a) and for any P."""
     sums = [np.square(x.double().cpu().numpy() - y.double().cpu().numpy()).sum(1)
@@ -532,22 +533,23 @@ def k_means(x, clusters, rng, passes=2):
     CHOICE: starts from random rows, and takes two passes. scikit-learn's, which papers use, chooses the start with
     more care (k-means++) and takes the best of ten; here the average over clusterings does that.
     """
-    x = (x - x.mean(0)).float()
+    x = x.float()
+    x = x - x.mean(0)
     centres = x[torch.from_numpy(rng.permutation(len(x))[:clusters])].clone()
     seen = torch.zeros(clusters, device=x.device)
 
-    def nearest(rows):  # |x|^2 is the same for every centre
+    def closest(rows):  # |x|^2 is the same for every centre
         return torch.addmm((centres * centres).sum(1), rows, centres.T, alpha=-2).argmin(1)
 
     for _ in range(passes):
         for batch in torch.from_numpy(rng.permutation(len(x))).split(max(1000, clusters)):
             rows = x[batch]
-            mine = nearest(rows)
+            mine = closest(rows)
             new = torch.bincount(mine, minlength=clusters)
             seen += new
             step = torch.zeros_like(centres).index_add_(0, mine, rows) - new[:, None] * centres
             centres += step / seen.clamp(min=1)[:, None]
-    return torch.cat([nearest(rows) for rows in x.split(TILE)])
+    return torch.cat([closest(rows) for rows in x.split(TILE)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -589,7 +591,8 @@ def load_lpips(device="cpu"):
         weights = [heads[f"lin{i}.model.1.weight"].view(layer.out_channels, 1, 1) for i, layer in enumerate(convolutions)]
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{weights_path(LPIPS_WEIGHTS)} does not hold the weights of LPIPS; delete it") from error
-    return Lpips(layers.to(device).eval().requires_grad_(False), [w.to(device).double() for w in weights])
+    sums_on = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    return Lpips(layers.to(device).eval().requires_grad_(False), [w.to(sums_on).double() for w in weights])
 
 
 def lpips_features(images, network):
@@ -614,7 +617,7 @@ def lpips_diversity(images, network=None, device="cpu", batch_size=100):
     network, n = network or load_lpips(device), len(images)
     total = squares = [0.0] * 5
     for batch in torch.as_tensor(images).split(batch_size):
-        features = [f.double() for f in lpips_features(batch.to(device), network)]
+        features = [f.to(network.weights[0].device).double() for f in lpips_features(batch.to(device), network)]
         total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
         squares = [s + (f * f).sum(0) for s, f in zip(squares, features, strict=True)]
     variances = [(s - t * t / n) / (n - 1) for s, t in zip(squares, total, strict=True)]
@@ -786,7 +789,8 @@ CLUSTERS = 20  # a class, of F_8: CBDM
 
 def chosen_scores(scores):
     """The names in "fid,kid", in ["fid", "kid"] or in "all", a list. Raises InputError."""
-    names = list(SCORES) if scores == "all" else scores.split(",") if isinstance(scores, str) else list(scores)
+    names = [name.strip() for name in scores.split(",")] if isinstance(scores, str) else list(scores)
+    names = list(SCORES) if "all" in names else names
     for name in names:
         if name not in SCORES:
             raise InputError(f"unknown score {name!r}; choose from {', '.join(SCORES)}, or all")
@@ -811,10 +815,13 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                     fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
                     kid, precision, recall, density, coverage, f8, f1_8, lpips: if asked for
                     intra_fd, _std       mean and deviation over classes of d^2 within a class; so for each of these
+                    intra_fd_classes     over how many: those with enough images on both sides (2; 6 for neighbours; 20 for
+                                         F_8, which has a bias even then)
                     recognised           share that classifier or annotator take for the class it was made for
                     seen_share           share of all samples that they take for one of these classes
                     seen                 the same in numbers (per class alone)
                     effective_hues       mean over classes (shapes); reference_hues: of as many real images
+                    kid_subsets, _std    mean and deviation over 100 subsets of 1,000, for "all" alone
                     inception_score, _std, kl_to_uniform (of the classes that the classifier sees): for "all" alone
     raises      InputError
     """
@@ -851,7 +858,9 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     real_tensor, fake_tensor = (torch.from_numpy(x).to(pairs_on) for x in (real_features, fake_features))
     radii = {}
     if {"pr", "dc"} & set(wanted):
-        third = np.array([[k in groups[name] for name in ("head", "middle", "tail")].index(True) for k in range(K)])
+        third = np.zeros(K, int)
+        for i, name in enumerate(("head", "middle", "tail")):
+            third[groups[name]] = i
         parts = {"all": np.zeros(len(real.labels), int), "third": third[real.labels], "class": real.labels.numpy()}
         file = reference_file(real, reference_key(dataset, reference, rho), network, data_dir)
         radii = reference_radii(real_tensor, parts, file)
@@ -862,7 +871,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         row = dict.fromkeys(("samples", *fields, "recognised", "seen_share", "effective_hues", "reference_hues"))
         if seen is not None:
             row["seen_share"] = float(np.isin(seen, classes).mean())
-        if labels is None and len(classes) < K:
+        if (labels is None and len(classes) < K) or not len(classes):  # no labels; the tail of two classes
             return row
         mine = np.ones(len(images), bool) if labels is None else np.isin(labels, classes)
         theirs = np.isin(real.labels, classes)
@@ -880,7 +889,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             names = ("precision", "recall", "density", "coverage")
             found = dict(zip(names, balls(*both, NEIGHBOURS, radii[part][theirs]), strict=True))
             row |= {name: value for name, value in found.items() if name in fields}
-        if "prd" in wanted and least >= CLUSTERS * len(classes):
+        if "prd" in wanted and part != "third" and least >= CLUSTERS * len(classes):  # thirds: half of the cost
             row["f8"], row["f1_8"] = prd_f_beta(*both, CLUSTERS * len(classes))
         if lpips and mine.sum() >= 2:
             row["lpips"] = lpips_diversity(images[torch.from_numpy(mine)], lpips, device, batch_size)
@@ -910,9 +919,13 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     for group, classes in groups.items():
         rows = [per_class[k] for k in classes]
         for field in fields:
-            result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(row[field] for row in rows)
+            found = [row[field] for row in rows if row[field] is not None]
+            result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(found)
+            result[group][f"intra_{field}_classes"] = len(found)
         for name in ("effective_hues", "reference_hues"):
             result[group][name], _ = mean_and_std(row[name] for row in rows)
+    if "kid" in wanted:  # as papers print it
+        result["all"]["kid_subsets"], result["all"]["kid_subsets_std"] = kid_of_subsets(real_tensor, fake_tensor)
     if "is" in wanted:
         # Samples often lie class after class; consecutive splits of those would each have few classes.
         shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
@@ -962,11 +975,20 @@ def format_table(result, per_class=False):
             lines += ["within each class: mean and deviation over the classes"]
             both = {key: heading for field, name in within.items() for key, heading in ((field, name), (f"{field}_std", "+-"))}
             lines += text_table(groups, both)
+    K = len(result["per_class"])
+    for field, heading in {"fd": p["metric"], **more}.items():
+        n = result["all"].get(f"intra_{field}_classes")
+        if p["labels"] and field_wanted(p, field) and n is not None and n < K:
+            lines.append(f"{heading} within classes: {n} of {K} classes; the others have too few images")
     if per_class:
         columns = {"train_images": "train images", "samples": "samples", **names, "recognised": "recognised",
                    "seen": "seen", "effective_hues": "hues", "reference_hues": "real hues"}
         lines += ["", *text_table({row["name"]: row for row in result["per_class"]}, columns)]
     return "\n".join(lines)
+
+
+def field_wanted(protocol, field):
+    return any(field in SCORES[name] for name in protocol["scores"])
 
 
 def text_table(rows, columns):
@@ -1020,9 +1042,10 @@ def moving_average(values, width=SMOOTH):
 def plot_classes(results, path, score="fd"):
     """A PNG: the score of each class from head to tail, for one or several runs; {name: dict of `evaluate`}.
 
-    Dots are classes, lines moving averages of 5 (CBDM, Fig. 4), grey the number of training images. For several runs a
-    second panel: score of the first run / score of this one (Softlabel-GAN, supplement, Figs 6 to 8, with the baseline
-    first; of a distance, above 1 is better than the baseline). Raises InputError without matplotlib.
+    Dots are classes, lines moving averages of 5, grey the number of training images. For several runs, the baseline first,
+    two more panels: score of the first - score of this one (CBDM, Fig. 4; of a distance, above 0 is better), and score of the
+    first / score of this one (Softlabel-GAN, supplement, Figs 6 to 8; above 1 is better; not of KID, which may be below 0).
+    Raises InputError without matplotlib, or where no class has the score.
     """
     try:
         import matplotlib.figure  # no pyplot: no window, no state
@@ -1032,11 +1055,14 @@ def plot_classes(results, path, score="fd"):
     counts = np.array([row["train_images"] for row in next(iter(rows.values()))])
     order = np.argsort(-counts, kind="stable")
     values = {name: np.array([row.get(score) for row in table], np.float64)[order] for name, table in rows.items()}
+    if all(np.isnan(y).all() for y in values.values()):
+        raise InputError(f"no class has a {score} to draw")
     several = len(values) > 1
-    figure = matplotlib.figure.Figure((8, 6.4 if several else 4), dpi=120, layout="constrained")
-    axes = figure.subplots(1 + several, sharex=True, squeeze=False)[:, 0]
+    panels = 1 if not several else 2 if score == "kid" else 3
+    figure = matplotlib.figure.Figure((8, 1.4 + 2.6 * panels), dpi=120, layout="constrained")
+    axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
 
-    def draw(axis, curves, label):
+    def draw(axis, curves, label, level=None):
         behind = axis.twinx()
         behind.fill_between(range(len(order)), counts[order], step="mid", color="0.9", linewidth=0)
         behind.set_ylabel("training images", color="0.5")
@@ -1044,7 +1070,10 @@ def plot_classes(results, path, score="fd"):
         behind.set_ylim(0)
         axis.set_zorder(behind.get_zorder() + 1)
         axis.patch.set_visible(False)
-        for i, (name, y) in enumerate(curves.items()):
+        if level is not None:
+            axis.axhline(level, color="0.6", linewidth=1)
+        for name, y in curves.items():
+            i = list(values).index(name)
             axis.plot(y, ".", color=f"C{i}", alpha=0.35, markersize=5)
             axis.plot(moving_average(y), color=f"C{i}", label=name)
         axis.set_ylabel(label)
@@ -1056,15 +1085,20 @@ def plot_classes(results, path, score="fd"):
     protocol = results[first]["protocol"]
     heading = score_headings(protocol["metric"])[score]
     draw(axes[0], values, f"{heading} of the class")
+    distance, others = score in ("fd", "kid"), {name: y for name, y in values.items() if name != first}
     if several:
+        draw(axes[1], {name: values[first] - y for name, y in others.items()}, "first run - this run", 0)
+        axes[1].set_title(f"{heading}, difference to the first run" + "; above 0 is better" * distance, fontsize=10)
+    if panels == 3:
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = {name: np.where(y != 0, values[first] / y, np.nan) for name, y in values.items()}
-        draw(axes[1], ratios, f"{heading}, first run / this run")
-        axes[1].set_title("relative to the first run" + ("; above 1 is better" if score in ("fd", "kid") else ""), fontsize=10)
+            ratios = {name: np.where(y != 0, values[first] / y, np.nan) for name, y in others.items()}
+        draw(axes[2], ratios, "first run / this run", 1)
+        axes[2].set_title(f"{heading} relative to the first run" + "; above 1 is better" * distance, fontsize=10)
     per = sorted({row["samples"] or 0 for table in rows.values() for row in table})
     each = f"{per[0]}" if per[0] == per[-1] else f"{per[0]} to {per[-1]}"
     axes[0].set_title(f"{protocol['dataset']}, {each} samples a class; lines: moving average of {SMOOTH}", fontsize=10)
     axes[-1].set_xlabel("class, from head to tail")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -1088,16 +1122,17 @@ NEAREST_ROWS, NEAREST_PAIRS = 10, 6  # classes, and images of each, in the pictu
 def nearest_picture(images, labels, network, train, train_features, device="cpu", batch_size=100):
     """A picture of samples, each beside the training image nearest to it in feature space: does the tail memorise?
 
-    Rows go from head to tail: all classes, or ten of them at equal steps, with the first six samples of each.
+    Rows go from head to tail: all classes with samples, or ten of them at equal steps, with the first six samples of each.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    order = datasets.head_to_tail(train.counts)
+    order = [c for c in datasets.head_to_tail(train.counts) if (labels == c).any()]
     classes = [int(order[round(i)]) for i in np.linspace(0, len(order) - 1, min(len(order), NEAREST_ROWS))]
     chosen = [torch.nonzero(labels == c).flatten()[:NEAREST_PAIRS] for c in classes]
     shown = images[torch.cat(chosen)]
-    index, _ = nearest(extract_features(shown, network, device, batch_size)[0], train_features)
-    pairs = iter(zip(shown, train.images[index], strict=True))
+    twice = torch.cat([shown, shown[:1]])  # a single image makes no set of features
+    index, _ = nearest(extract_features(twice, network, device, batch_size)[0], train_features)
+    pairs = iter(zip(shown, train.images[index[:-1]], strict=True))
     size = max(48, images.shape[-1])
     left, top, gap = 170, 22, 12
     sheet = Image.new("RGB", (left + NEAREST_PAIRS * (2 * size + gap), top + len(classes) * (size + 4)), "white")
@@ -1183,10 +1218,19 @@ def main():
     args = parse_args()
     device, results = pick_device(args.device), {}
     where = (args.dataset, args.data_dir)
-    for path in args.samples:
-        images, labels = load_samples(path)
+    if args.out:  # what can fail fails before the scores
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: {error}") from error
+    samples = {path: load_samples(path) for path in args.samples}
+    for path, (images, labels) in samples.items():
         if labels is None and (args.plot or args.nearest):
             fail(f"{path} has no labels, which --plot and --nearest need")
+        first = samples[args.samples[0]][0]
+        if images.shape[1:] != first.shape[1:]:
+            fail(f"{path} has images of {images.shape[-1]} pixels and {args.samples[0]} of {first.shape[-1]}")
+    for path, (images, labels) in samples.items():
         seen = None
         if args.annotator:
             classes = datasets.load(*where, args.reference, args.image_size, args.rho).classes
@@ -1196,11 +1240,6 @@ def main():
                           args.batch_size, seen, args.scores)  # fmt: skip
         print(f"{path}: " * (len(args.samples) > 1) + format_table(result, args.per_class))
         results[str(path)] = result
-        if args.out:
-            try:
-                args.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {args.out}: {error}") from error
         out = args.out or path.with_suffix("")
         print("wrote", *write_scores(result, out))
         if args.nearest:

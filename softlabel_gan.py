@@ -229,6 +229,10 @@ def check_settings(args):
     for path in (args.classifier, judge):
         if path is not None and not Path(path).is_file():  # now, and not after days of training
             fail(f"there is no classifier {path}")
+    if args.scores != "fid,is":  # the default needs no check, and the module a second
+        import metrics
+
+        metrics.chosen_scores(args.scores)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

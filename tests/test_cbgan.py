@@ -439,22 +439,22 @@ def start(*arguments, cwd):
 def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
     """The residual networks, with spectral norm and conditional batch norm in the generator, and labels drawn by N."""
     common = [*tiny, "--architecture", "snresgan", "--conditioning", "inverse", "--generator-spectral-norm", "--cycle", "7",
-              "--steps", "60", "--ema-start", "10"]
+              "--steps", "30", "--ema-start", "10"]
     whole, stopped, calls, loss = tmp_path / "whole", tmp_path / "stopped", [], cbgan.relativistic_loss
     cbgan.main([*common, "--run-dir", str(whole)])
 
     def terminate(*scores):
         calls.append(1)
-        if len(calls) == 2 * 37:  # in the generator's half of step 37
+        if len(calls) == 2 * 17:  # in the generator's half of step 17
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*scores)
 
     monkeypatch.setattr(cbgan, "relativistic_loss", terminate)
     with pytest.raises(SystemExit) as caught:
         cbgan.main([*common, "--run-dir", str(stopped)])
-    assert caught.value.code == 128 + signal.SIGTERM and state_of(stopped)["step"] == 37
+    assert caught.value.code == 128 + signal.SIGTERM and state_of(stopped)["step"] == 17
     cbgan.main([*common, "--run-dir", str(stopped)])
-    assert len(calls) == 2 * 60 and same_state(whole, stopped) and log_of(whole) == log_of(stopped)
+    assert len(calls) == 2 * 30 and same_state(whole, stopped) and log_of(whole) == log_of(stopped)
 
 
 def test_a_killed_run_continues_bit_for_bit(tiny, judges, tmp_path, capsys):
@@ -479,16 +479,16 @@ def test_a_killed_run_continues_bit_for_bit(tiny, judges, tmp_path, capsys):
 
 
 def test_sigterm_saves_first(tiny, tmp_path):
-    common = [*tiny, "--save-every", "100000", "--steps", "120"]
+    common = [*tiny, "--save-every", "100000", "--steps", "60"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start(*common, "--run-dir", stopped, cwd=tmp_path)
     while "2478 images" not in process.stdout.readline():  # the line that says training begins
         assert process.poll() is None
-    time.sleep(0.5)
+    time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
-    assert 0 < state_of(stopped)["step"] < 120
+    assert 0 < state_of(stopped)["step"] < 60
     for run_dir in (stopped, whole):
         cbgan.main([*common, "--run-dir", str(run_dir)])
     assert same_state(whole, stopped)

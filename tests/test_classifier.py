@@ -940,7 +940,7 @@ def test_command_line(run_script, tmp_path):
     (["--epochs", "many"], "invalid int value: 'many'"),
     (["--lr", "0"], "--lr is 0.0"),
     (["--seed", "-1"], "--seed is -1"),
-    (["--label-with", "c.pt"], "--train-on, which is not given"),
+    (["--label-with", "c.pt"], "--train-on or --add, and neither is given"),
     (["--label-fraction", "0.1", "--train-on", "a.npz"], "--train-on and --label-fraction each say"),
     (["--label-fraction", "0.9", "--dataset", "shapes", "--image-size", "2"], "image size is 2"),
     (["--train-on", "nowhere.npz"], "nowhere.npz cannot be read"),

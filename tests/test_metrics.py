@@ -1058,13 +1058,45 @@ def test_command_line(run_script, data_dir, samples):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "shapes"], "required: samples"),
-    (["missing.npz", "--dataset", "shapes"], "no samples at missing.npz"),
+    (["s.npz", "t.npz", "--dataset", "shapes"], "t.npz has images of 2 pixels and s.npz of 4"),
+    (["s.npz", "--dataset", "shapes", "--out", "s.npz"], "--out s.npz"),
     (["s.npz", "--dataset", "shapes", "--batch-size", "0"], "--batch-size 0"),
     (["s.npz", "--dataset", "shapes", "--plot", "recall"], "--plot recall needs --scores pr"),
     (["s.npz", "--dataset", "shopes"], "unknown data set"),
 ])  # fmt: skip
-def test_command_line_errors_are_one_line(run_script, tmp_path, arguments, message):
+def test_command_line_errors(tmp_path, arguments, message, monkeypatch):
     np.savez(tmp_path / "s.npz", images=GOOD)
-    done = run_script("metrics.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr
+    np.savez(tmp_path / "t.npz", images=GOOD[:, :2, :2])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metrics.py", *arguments])
+    with pytest.raises(InputError, match=message):
+        metrics.main()
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_command_line_errors_are_one_line(run_script, tmp_path):
+    done = run_script("metrics.py", "missing.npz", "--dataset", "shapes", cwd=tmp_path)
+    assert done.returncode == 2 and "no samples at missing.npz" in done.stderr
     assert done.stderr.startswith("metrics.py: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_few_classes_and_few_images_are_scored(tmp_path, monkeypatch, K):
+    """--scores all where the tail has no class, and prd with it; a class of four images has no neighbours' scores."""
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (30 * K, 3, 8, 8), dtype=torch.uint8), torch.arange(K).repeat(30)
+    keep = (labels < K - 1) | (torch.arange(len(labels)) < 4 * K) if K > 1 else labels == labels
+    data = datasets.ImageSet(images[keep], labels[keep], [f"c{k}" for k in range(K)])
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
+
+    def forward(x):
+        return x.float().flatten(1)[:, :6], x[:, 0, 0].float().softmax(1)
+
+    network = metrics.FeatureNetwork("stub", "FD", "0", forward, None)
+    monkeypatch.setattr(metrics, "load_feature_network", lambda *_: network)
+    result = metrics.evaluate(images, labels, "folder:x", tmp_path, scores="fid,kid,pr,dc,prd,is")
+    assert result["all"]["f8"] is not None if K == 1 else result["tail"]["samples"] is None
+    assert result["all"]["intra_precision_classes"] == (1 if K == 1 else K - 1)
+    if K > 1:
+        assert result["per_class"][-1]["precision"] is None and result["per_class"][-1]["fd"] > 0
+        assert "precision within classes: 1 of 2 classes" in metrics.format_table(result, True)
