@@ -921,7 +921,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         for field in fields:
             found = [row[field] for row in rows if row[field] is not None]
             result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(found)
-            result[group][f"intra_{field}_classes"] = len(found)
+            result[group][f"intra_{field}_classes"] = len(found) or None
         for name in ("effective_hues", "reference_hues"):
             result[group][name], _ = mean_and_std(row[name] for row in rows)
     if "kid" in wanted:  # as papers print it

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # as many in the processes that t
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def judge_dir(tmp_path_factory):
     where = tmp_path_factory.mktemp("data")
     frozen_classifier("shapeslt", where, split="reference", seed=3)
     return where
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Two classifiers of an epoch each: one for the loop, one that annotates."""
+    import classifier
+
+    where = tmp_path_factory.mktemp("judges")
+    for name, dataset, split in (("loop", "shapeslt", "train"), ("annotator", "shapes", "reference")):
+        classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir", str(where / name)])
+    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop", "annotator")})
 
 
 @pytest.fixture(scope="session")

@@ -415,15 +415,6 @@ def test_the_classifier_lets_gradients_through_and_keeps_none():
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory):
-    """Two classifiers of an epoch each: one for the loop, one that annotates."""
-    where = tmp_path_factory.mktemp("judges")
-    for name, dataset, split in (("loop", "shapeslt", "train"), ("annotator", "shapes", "reference")):
-        classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir", str(where / name)])
-    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop", "annotator")})
-
-
 @pytest.fixture
 def tiny(judges):
     return ["--dataset", "shapeslt", "--width", "8", "--discriminator-width", "8", "--batch-size", "8", "--steps", "3",

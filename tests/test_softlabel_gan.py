@@ -334,12 +334,10 @@ def test_minimum_class_of_figure_5():
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory):
+@pytest.fixture
+def judge(judges):
     """A classifier of an epoch, which labels and scores."""
-    where = tmp_path_factory.mktemp("judge")
-    classifier.main(["--dataset", "shapeslt", "--soft-labels", "--epochs", "1", "--run-dir", str(where)])
-    return str(where / "classifier.pt")
+    return judges.loop
 
 
 TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
