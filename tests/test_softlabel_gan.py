@@ -204,6 +204,21 @@ def test_shapes_and_ranges(size):
     assert z.shape[1] == {16: 128, 32: 128, 64: 100, 128: 120, 256: 140}[size]
 
 
+def test_blocks_by_hand():
+    """Doubling and averaging done within the convolutions, against the layers one after the other; in float64, exactly."""
+    x, code = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    up = softlabel_gan.GeneratorBlock(8, 16, 5, 1e-5).double()
+    h = up.conv1(F.interpolate(F.relu(up.norm1(x, code)), scale_factor=2))
+    h = up.conv2(F.relu(up.norm2(h, code))) + up.skip(F.interpolate(x, scale_factor=2))
+    assert h.shape == (2, 16, 12, 12) and torch.allclose(up(x, code), h, rtol=0, atol=1e-12)
+    for first in (True, False):
+        block = softlabel_gan.DiscriminatorBlock(8, 16, first, down=True).double()
+        h = block.conv2(F.relu(block.conv1(x if first else F.relu(x)))) + block.skip(x)
+        assert torch.allclose(block(x), F.avg_pool2d(h, 2), rtol=0, atol=1e-12)
+    block = softlabel_gan.DiscriminatorBlock(8, 8, first=False, down=False).double()
+    assert torch.allclose(block(x), x + block.conv2(F.relu(block.conv1(F.relu(x)))), rtol=0, atol=1e-12)
+
+
 def test_where_attention_is():
     """At 64 x 64 pixels: in the generator after that block, in the discriminator of 64 pixels nowhere."""
 
