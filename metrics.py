@@ -1155,13 +1155,13 @@ def nearest_picture(images, labels, network, train, train_features, device="cpu"
 # ----------------------------------------------------------------------------------------------------------------------
 COSTS = """\
 what --scores takes, with seconds for 10,000 against 10,000 images, 2,048 features, 100 classes, thirds and classes included
-(two cores of an AMD EPYC that other jobs ran on too; without the features themselves)
+(two cores of an AMD EPYC that other jobs ran on too; without the features themselves; all but lpips together 118 s)
   fid     9 s  Frechet distance, of all and within classes
   is      0 s  Inception Score
-  kid    28 s  kernel distance, unbiased, over all pairs of images
+  kid    36 s  kernel distance, unbiased, over all pairs of images, and over subsets of 1,000
   pr     48 s  precision and recall, balls to the 5th neighbour; 27 s once the reference's radii are kept
   dc           density and coverage; with pr nothing more
-  prd    90 s  F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
+  prd    46 s  F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
   lpips        mean LPIPS over all pairs of samples: a pass through AlexNet each; needs its weights and LPIPS's
 kid, pr and dc take four times as long for twice the images on both sides."""
 
