@@ -574,8 +574,6 @@ def sample_all(path, model, labels, args, amp, step):
 def main(argv=None):
     args = parse_settings(argv)
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that torch.cuda's random state is this device's
     amp = use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
     train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)  # the same images for each --seed
@@ -596,6 +594,7 @@ def main(argv=None):
     # Resume the run that this directory holds; or start from another run's averaged weights (Table 2); or from nothing.
     checkpoint_file, log_file = run_dir / "checkpoint.pt", run_dir / "log.jsonl"
     on_device = getattr(torch, device.type)  # torch.cpu, torch.cuda or torch.mps
+    place = [device] if device.type == "cuda" else []  # which of several GPUs; torch.mps has one
     if checkpoint_file.exists():
         state = load_checkpoint(checkpoint_file, "cpu")
         check_same_run(args, state["settings"], run_dir)
@@ -605,7 +604,7 @@ def main(argv=None):
         batches.load_state_dict(state["batches"])
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type in state["rng"] and device.type != "cpu":
-            on_device.set_rng_state(state["rng"][device.type])
+            on_device.set_rng_state(state["rng"][device.type], *place)
         start, sums, logged = state["step"], state["sums"].to(device), state["logged"]
         del state  # a second copy of everything
     elif args.eval_only:
@@ -639,7 +638,7 @@ def main(argv=None):
 
     def save_checkpoint(step):
         check_finite(step)
-        rng = {"cpu": torch.get_rng_state()} | ({device.type: on_device.get_rng_state()} if device.type != "cpu" else {})
+        rng = {"cpu": torch.get_rng_state()} | ({device.type: on_device.get_rng_state(*place)} if device.type != "cpu" else {})
         state = dict(step=step, settings=vars(args), model=model.state_dict(), ema=ema.state_dict(), sums=sums, logged=logged,
                      optimizer=optimizer.state_dict(), batches=batches.state_dict(), rng=rng)
         with atomic_write(checkpoint_file) as file:
@@ -663,7 +662,7 @@ def main(argv=None):
 
     if start < args.steps and not args.eval_only:
         trim_log(log_file, start)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         with atomic_write(run_dir / "config.json") as file:
             config = {"settings": vars(args), **environment(), "device": name, "bf16": amp, "parameters": parameters}
             file.write(json.dumps(config, indent=2).encode())
