@@ -662,9 +662,8 @@ def main(argv=None):
 
     if start < args.steps and not args.eval_only:
         trim_log(log_file, start)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         with atomic_write(run_dir / "config.json") as file:
-            config = {"settings": vars(args), **environment(), "device": name, "bf16": amp, "parameters": parameters}
+            config = {"settings": vars(args), **environment(device), "bf16": amp, "parameters": parameters}
             file.write(json.dumps(config, indent=2).encode())
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)

@@ -838,9 +838,8 @@ def train(args, path=None):
 
     if start < epochs * steps:
         trim_log(log_file, start)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         with atomic_write(run_dir / "config.json") as file:
-            config = {"settings": vars(args), **environment(), "device": name, "bf16": amp}
+            config = {"settings": vars(args), **environment(device), "bf16": amp}
             file.write(json.dumps(config, indent=2).encode() + b"\n")
         began, done = time.monotonic(), start
         with (

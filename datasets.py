@@ -22,6 +22,8 @@ Splits
 CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8, labels (N,)
 int64, classes (K,) str. Afterwards nothing else is read: copied to a machine without a network, that file is enough.
 Every image stays in memory (CIFAR: 150 MB), which makes a batch one indexing operation: no worker processes, no queue.
+
+The last section, "For every command line", is what all scripts share and no paper is about.
 """
 
 import argparse
@@ -29,11 +31,14 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -565,56 +570,6 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# For every command line
-# ----------------------------------------------------------------------------------------------------------------------
-def fail(message):
-    """Raises InputError; as `parser.error` it makes argparse say one line where it would print the usage too."""
-    raise InputError(message)
-
-
-def run_command(main):
-    """Calls main(); what the person at the keyboard can mend ends as one line on stderr and status 2."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (InputError, OSError) as error:  # OSError: a full disk, a name too long; it says which file
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def pick_device(name):
-    """torch.device of a name; "auto" is CUDA, then MPS, then the CPU. Raises InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except Exception as error:
-        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
-def use_bf16(choice, device):
-    """Whether to compute in bfloat16. "auto": where the hardware multiplies it faster than float32, "bf16", "off"."""
-    if choice != "auto":
-        return choice == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def environment():
-    """What a run stands on, for its config.json: commit, versions, threads."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "threads": torch.get_num_threads()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # python datasets.py NAME
 # ----------------------------------------------------------------------------------------------------------------------
 def table(classes, counts):
@@ -678,6 +633,432 @@ def main():
           f"{counts.max():,d} to {counts.min():,d} a class: imbalance ratio {counts.max() / counts.min():.4g}")
     print(f"{len(reference.labels):,d} reference images, {tests:,d} test images")
     print(f"picture: {out}")
+
+
+# --------------------------------------------------------------------------------------------------
+# For every command line
+# --------------------------------------------------------------------------------------------------
+# What all scripts share and no paper is about: flags, the machine, checkpoints, the log, pictures, signals.
+def fail(message):
+    """Raises InputError; as `parser.error` it makes argparse say one line without the usage."""
+    raise InputError(message)
+
+
+def run_command(main):
+    """Calls main(); what the person at the keyboard can mend ends as one line on stderr and status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:  # OSError: a full disk, a name too long; it says which file
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, holds, what):
+    """An argparse type: int or float, refused unless holds(value); `what` is the range in words."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+def at_least(low):
+    return number(int, lambda v: low <= v < 2**63, f"a whole number from {low} on")
+
+
+positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
+not_negative = number(float, lambda v: 0 <= v < math.inf, "0 or a positive number")
+finite = number(float, math.isfinite, "a finite number")
+share = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+decay = number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+
+
+def existing_file(text):
+    """An argparse type: a file that is there now, not only after days of training."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
+
+
+def feature_name(text):
+    """An argparse type: which network's features compare images, see metrics.py."""
+    if text.startswith("classifier:"):
+        existing_file(text.removeprefix("classifier:"))
+    elif text not in ("inception", "inception-fid"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not inception, inception-fid or classifier:PATH")
+    return text
+
+
+def first_flags(argv, **types):
+    """The few flags that decide the defaults of the others, read before them: None where not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = fail
+    for name, kind in types.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    return parser.parse_known_args(argv)[0]
+
+
+def settings_parser(description):
+    """An ArgumentParser for the flags of a method; `read_settings` adds those that all scripts have."""
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=shown, allow_abbrev=False)
+    parser.error = fail
+    return parser
+
+
+# These may differ between two commands on one run directory: they do not define the experiment.
+FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every",
+        "eval_images", "eval_only", "features", "reference", "scores"}
+
+
+def read_settings(parser, argv, script, defaults, free=FREE):
+    """The command line as a namespace: the flags of `parser` and those that mean the same in every script.
+
+    defaults    {name: value} where a flag is not given
+    free        names that do not define the experiment; no part of the run directory's name, but for steps
+    raises      InputError
+    """
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", help="a name that datasets.py knows, or folder:PATH")
+    add("--rho", type=not_negative, help="imbalance ratio of a long-tailed set: head class / tail class")
+    add("--data-dir", default="data", help="where prepared data sets lie")
+    add("--image-size", type=at_least(1), help="pixels a side")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; not for text")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=at_least(1), help="of the network that samples")
+    add("--batch-size", type=at_least(1), help="real images a step")
+    add("--lr", type=positive, help="learning rate of Adam, for the network that samples")
+    add("--ema", type=decay, help="decay of the averaged weights, which are the ones that sample")
+    add("--seed", type=at_least(0), default=0, help="of weights, data order, noise and labels")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto takes CUDA, then MPS, then the CPU")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto",
+        help="bfloat16; auto: where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile: faster steps after a minute's wait")
+    add = parser.add_argument_group("run").add_argument
+    add("--run-dir", help=f"default: runs/{script}-<dataset>-<what differs>-s<seed>")
+    add("--sample-every", type=at_least(0), help="steps between two sample grids; 0: none")
+    add("--save-every", type=at_least(1), help="steps between two checkpoints")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-images", type=at_least(0), help="samples to score at the end; 0: none")
+    add("--eval-only", action="store_true", help="sample from and score the checkpoint, do not train")
+    add("--features", type=feature_name, help="inception, inception-fid (the FID of papers) or "
+        "classifier:PATH; default: a classifier of the shapes for shapes, inception otherwise")
+    add("--scores", default="fid,is", help="of the final samples: names that metrics.py knows, or all")
+    add("--reference", choices=SPLITS, default="reference", help="split to compare samples with")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+
+    if args.scores != parser.get_default("scores"):  # the default needs no check, and the module a second
+        import metrics
+
+        metrics.chosen_scores(args.scores)
+    if args.run_dir is None:
+        unnamed = free - {"steps"} | {"dataset", "seed"}  # another length gets a directory of its own
+        differs = [f"-{name.replace('_', '')}{value}" for name, value in vars(args).items()
+                   if name not in unnamed and value != parser.get_default(name)]
+        name = f"{script}-{args.dataset}{''.join(differs)}-s{args.seed}"
+        args.run_dir = "runs/" + name.translate(str.maketrans("/:,", "__+", " "))
+    return args
+
+
+# The machine
+def pick_device(name):
+    """torch.device of a name; "auto" is CUDA, then MPS, then the CPU. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:
+        raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def use_bf16(choice, device):
+    """Whether to compute in bfloat16; "auto": where the hardware multiplies it faster than float32."""
+    if choice != "auto":
+        return choice == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def environment(device):
+    """What a run stands on, for its config.json: commit, versions, device, threads."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        here = Path(__file__).parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "device": name, "threads": torch.get_num_threads()}
+
+
+def random_states(device):
+    """The states of the random generators that a run draws from: {"cpu": (n,) uint8} and one for its GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:  # not where a run moves from one kind of device to another
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+def seed_from(*numbers):
+    """One seed, below 2**32, from several whole numbers; other numbers give an unrelated seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class Average:
+    """Keeps `average`, a copy of `network` that does not learn, at the moving average of its weights (EMA).
+
+    Averaged are weights and batch statistics. Copied are the counters and the vectors of spectral norm's
+    power method: the average of two unit vectors is none, and those of the averaged weights are near.
+    """
+
+    def __init__(self, average, network):
+        average, network = average.state_dict(), network.state_dict()
+        mean = [k for k, v in network.items() if v.is_floating_point() and not k.endswith(("._u", "._v"))]
+        rest = [k for k in network if k not in mean]
+        self.means, self.values = [average[k] for k in mean], [network[k] for k in mean]
+        self.copies, self.originals = [average[k] for k in rest], [network[k] for k in rest]
+
+    def update(self, decay):
+        """average <- decay average + (1 - decay) network: one call for all tensors; decay 0 copies."""
+        torch._foreach_lerp_(self.means, self.values, 1 - decay)
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.originals)
+
+
+# Checkpoints
+def load_checkpoint(path, device="cpu"):
+    """The dictionary that `save` wrote. Raises InputError, naming the file, if it is missing or damaged."""
+    if not Path(path).is_file():
+        fail(f"there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)  # a checkpoint can't run code
+        return state | {"settings": state["settings"]}  # or it is no checkpoint of a run
+    except Exception as error:  # zip, pickle and file errors alike
+        reason = str(error).splitlines()[0]
+        raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, "
+                         "move it away to start afresh") from error
+
+
+def check_same_run(args, found, run_dir, free=FREE):
+    """Raises InputError, naming the flags, if the settings `found` in this directory are other ones.
+
+    Settings that it does not know, as an older run does not know a new flag, are not compared.
+    """
+    if found.get("training_data", args.training_data) != args.training_data:
+        fail(f"{run_dir} holds a run on other images than {args.dataset} has now; choose another --run-dir")
+    now = {k: v for k, v in vars(args).items() if k not in free and k in found}
+    differs = [f"--{k.replace('_', '-')} {found[k]} there, {v} now" for k, v in now.items() if found[k] != v]
+    if differs:
+        fail(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
+
+
+def find_run(args, free=FREE):
+    """The checkpoint of the run that --run-dir holds, or None; args.training_data: the images' fingerprint.
+
+    Raises InputError for a run with other settings, or with --eval-only where there is none.
+    """
+    path = Path(args.run_dir) / "checkpoint.pt"
+    if not path.exists():
+        if args.eval_only:
+            fail(f"--eval-only: there is no checkpoint in {args.run_dir}")
+        return None
+    state = load_checkpoint(path)
+    check_same_run(args, state["settings"], args.run_dir, free)
+    return state
+
+
+def save(args, step, parts, device, **more):
+    """Writes <run-dir>/checkpoint.pt in one piece: the state of each part, random states, and `more`.
+
+    parts   {name: whatever has state_dict and load_state_dict}
+    Raises InputError, and leaves the last checkpoint alone, if a weight or a loss is not finite.
+    """
+    path = Path(args.run_dir) / "checkpoint.pt"
+    finite = all(w.isfinite().all() for part in parts.values() if isinstance(part, torch.nn.Module)
+                 for w in part.parameters())
+    if not finite:
+        fail(not_finite("weight", step, path))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "settings": vars(args), "rng": random_states(device), **more}
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def not_finite(what, step, checkpoint):
+    last = f"the last good checkpoint, {checkpoint}, is kept" if checkpoint.exists() else "nothing was saved"
+    return f"a {what} became NaN or infinite shortly before step {step}; {last}; try a lower --lr"
+
+
+def restore(state, parts, device):
+    """Puts what `save` wrote back into `parts` and the random generators; InputError if it does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_random_states(state["rng"], device)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the checkpoint in {state['settings']['run_dir']} is from another version of this "
+                         f"script ({reason}); choose another --run-dir") from error
+
+
+# Log, pictures, signals
+LOG_EVERY = 50  # steps
+GRID_ROWS, GRID_COLUMNS = 10, 10  # of a grid: classes, evenly spaced from head to tail, and samples of each
+
+
+class Log:
+    """log.jsonl of a run and its progress bar: `add` takes a step's numbers, `write` logs their means.
+
+    names: of these numbers. Between two lines their sums stay on the device: no step waits for a GPU.
+    """
+
+    def __init__(self, args, names, device):
+        self.path, self.names = Path(args.run_dir) / "log.jsonl", names
+        self.checkpoint = self.path.with_name("checkpoint.pt")
+        self.sums, self.added = torch.zeros(len(names), device=device), 0
+
+    @contextlib.contextmanager
+    def open(self, start, steps):
+        """The file is open and the bar is shown inside the `with` block; steps: of the whole run."""
+        if self.path.exists():  # drop what a killed run wrote after its checkpoint: it will be written again
+            lines = self.path.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            with atomic_write(self.path) as file:
+                file.write("".join(lines).encode())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step, self.last_time, self.steps = start, time.monotonic(), steps
+        bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        with open(self.path, "a") as self.file, bar as self.bar:
+            yield self
+
+    def add(self, *values):
+        """One step's numbers: 0-d tensors on the device."""
+        self.sums += torch.stack([value.detach() for value in values])
+        self.added += 1
+        self.bar.update()
+
+    def write(self, step, **more):
+        """The means since the last line, and `more`; raises InputError if one of them is not finite."""
+        if not self.sums.isfinite().all():
+            fail(not_finite("loss or gradient", step, self.checkpoint))
+        row = dict(zip(self.names, (self.sums / self.added).tolist(), strict=True))
+        self.bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items() if v), refresh=False)
+        rate = (step - self.last_step) / (time.monotonic() - self.last_time)
+        self.note(step, **row, **more, steps_per_second=round(rate, 3))
+        self.last_step, self.last_time, self.added = step, time.monotonic(), 0
+        self.sums.zero_()
+
+    def note(self, step, **row):
+        """A line of its own."""
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+
+    def state_dict(self):
+        return {"sums": self.sums, "added": self.added}
+
+    def load_state_dict(self, state):
+        self.sums.copy_(state["sums"])
+        self.added = state["added"]
+
+
+def due(step, every, steps):
+    """Whether something that happens every so many steps (0: never) and after the last one happens now."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that gets the number of a SIGINT (Ctrl-C) or SIGTERM: the loop saves, then stops.
+
+    A second signal stops at once. Afterwards the handlers are those of the caller.
+    """
+    stop = []
+
+    def handler(number, _frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def leave(stop, step, args):
+    """Ends the program after a signal, when the run is saved."""
+    print(f"stopped by signal {stop[0]} at step {step}; the same command resumes the run in {args.run_dir}")
+    sys.exit(128 + stop[0])
+
+
+def write_config(args, device, **more):
+    """<run-dir>/config.json: every setting, and what the run stands on."""
+    with atomic_write(Path(args.run_dir) / "config.json") as file:
+        config = {"settings": vars(args), **environment(device), **more}
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+
+def grid_classes(counts):
+    """Classes for the rows of a grid, from head to tail: all, or ten at equal steps. (K,) in, (rows,) out."""
+    order = torch.from_numpy(head_to_tail(counts))
+    return order[torch.linspace(0, len(order) - 1, min(len(order), GRID_ROWS)).round().long()]
+
+
+def rows_of(images, which, classes):
+    """The first images (N, 3, H, W) of these classes, a row each, then white; which (N,): the classes of all."""
+    grid = torch.full((len(classes), GRID_COLUMNS, *images.shape[1:]), 255, dtype=torch.uint8)
+    for row, k in zip(grid, classes, strict=True):
+        found = images[which == k][:GRID_COLUMNS]
+        row[: len(found)] = found
+    return grid.flatten(0, 1)
+
+
+def write_grid(path, images, columns=GRID_COLUMNS):
+    """(N, 3, H, W) uint8 as a PNG, row by row; small images are enlarged to about 64 pixels."""
+    from torchvision.utils import make_grid  # here: it takes a second to import, and training need not wait
+
+    scale = max(1, 64 // images.shape[-1])
+    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(enlarged, nrow=columns, padding=scale)
+    with atomic_write(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
+
+
+def balanced_labels(n, num_classes):
+    """n labels, class after class, each class equally often to within one: (n,) int64."""
+    return (torch.arange(n) % num_classes).sort().values
+
+
+def to_uint8(x):
+    """Images in [-1, 1] as uint8 on the CPU; what lies outside is cut off."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 if __name__ == "__main__":
