@@ -1032,7 +1032,7 @@ def grid_classes(counts):
 
 
 def rows_of(images, which, classes):
-    """The first images (N, 3, H, W) of these classes, a row each, then white; which (N,): the classes of all."""
+    """A row for each of these classes: its first images (N, 3, H, W), then white. which (N,): their classes."""
     grid = torch.full((len(classes), GRID_COLUMNS, *images.shape[1:]), 255, dtype=torch.uint8)
     for row, k in zip(grid, classes, strict=True):
         found = images[which == k][:GRID_COLUMNS]
