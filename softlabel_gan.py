@@ -547,7 +547,6 @@ def generate(generator, z, labels, K, amp):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-# same in: cbdm.py, classifier.py, cbgan.py
 def load_checkpoint(path, device):
     """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
     if not Path(path).is_file():
@@ -560,7 +559,6 @@ def load_checkpoint(path, device):
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
 
 
-# same in: classifier.py, cbgan.py
 def check_same_run(args, found, run_dir):
     """Raises InputError, naming the flags, if the run in this directory has other settings."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -569,7 +567,6 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-# same in: cbdm.py, classifier.py, cbgan.py
 def trim_log(path, step):
     """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
     if path.exists():
@@ -623,7 +620,6 @@ LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # as in the log: Eqs 3 and 2
 MIXUP = 0.2  # lambda ~ Beta(0.2, 0.2): A
 
 
-# same in: cbdm.py, cbgan.py
 def write_grid(path, images, columns):
     """(N, 3, H, W) uint8 as a PNG, row by row; small images are enlarged to about 64 pixels."""
     from PIL import Image
@@ -650,7 +646,6 @@ def draw_borrowed(path, train, y_hat, rows):
     write_grid(path, grid.flatten(0, 1), GRID_COLUMNS)
 
 
-# same in: cbgan.py
 def state_pairs(average, network):
     """The tensors of two like networks, as ((averages, values to average), (copies, values to copy)): lists.
 
