@@ -10,11 +10,11 @@ however much it looks like a cat; ours is rewarded for doubt (`entropy_rewarded_
 classifier.py).
 
     python softlabel_gan.py --dataset shapeslt                     # first look: a CPU, minutes
-    python softlabel_gan.py --dataset cifar10imb                   # the paper's run (Tables 2 and 4)
+    python softlabel_gan.py --dataset cifar10imb                   # the paper's run (Table 2)
     python softlabel_gan.py --dataset cifar10imb --labels onehot   # its baseline, DiffAug-GAN
     python softlabel_gan.py --dataset cifar10imb --labels smooth   # Smooth-GAN (Table 2)
-    python softlabel_gan.py --dataset cifar10imb --labels onehot --oversample 1   # Table 4; also mixup
-    python softlabel_gan.py --dataset cifar10imb --labels ols      # S, Table 1; cotrain: S, in its text
+    python softlabel_gan.py --dataset cifar10imb --labels mixup    # Table 4; also ols, cotrain (S)
+    python softlabel_gan.py --dataset cifar10imb --labels onehot --oversample 1    # Table 4
     python softlabel_gan.py --dataset cifar10imb --diffaug ""      # Table 3: without DiffAugment
     python softlabel_gan.py --dataset cifar10imb-120               # Fig. 5; cifar10imb-90
     python softlabel_gan.py --dataset folder:PATH --image-size 128 # your own images; 64, 256 too
@@ -58,6 +58,7 @@ them, cut by hand).
 import copy
 import hashlib
 import math
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -91,8 +92,8 @@ AT_32 = dict(
     flip=True,  # A
     batch_size=128, lr=2e-4, lr_d=2e-4,  # P
     d_steps=4,  # A
-    # CHOICE, here and below: P has no length; as many images as in A. At 32 pixels those of its script
-    # for small data sets, 5,000 epochs of 3,208; from 64 on those of its 1,000 epochs of AnimeFace.
+    # CHOICE, here and below, as P gives no length: as many images as in A. At 32 pixels those of
+    # its script for small data sets, 5,000 epochs of 3,208; above, of 1,000 epochs of AnimeFace.
     steps=31_000,
     ema=0.9999, ema_start=1_000,  # A
     eval_images=10_000,  # P
@@ -105,7 +106,7 @@ AT_128 = AT_32 | dict(
     steps=453_000, save_every=2_000,
 )
 RECIPES = {
-    # Ours, for two CPU cores and a few minutes: the network for 32 pixels, narrower and one level less.
+    # Ours, for two CPU cores and a few minutes: the network for 32 pixels, narrower, a level less.
     # No cutout: a square of half the picture hides the shape.
     16: AT_32 | dict(
         image_size=16, width=8, discriminator_width=16, diffaug="color,translation",
@@ -116,9 +117,8 @@ RECIPES = {
     128: AT_128,
     256: AT_128 | dict(image_size=256),  # CHOICE: as 128; neither P nor A says
 }
-# CHOICE: that of imbalanced CIFAR-10. With 100 the tail hears more of its neighbours than of its own 10.
-SHAPES_RHO = 26.5
-FREE = datasets.FREE | {"sample_seed", "classifier"}  # classifier: the labels themselves are compared
+SHAPES_RHO = 26.5  # CHOICE: as imbalanced CIFAR-10. With 100 a rare class is mostly other classes
+FREE = datasets.FREE | {"sample_seed", "classifier"}  # classifier: its labels are compared instead
 
 
 def parse_settings(argv=None):
@@ -140,15 +140,15 @@ def parse_settings(argv=None):
     add("--smoothing", type=share, metavar="ALPHA", help="of smooth")
     add("--oversample", type=share, default=0.0, metavar="ALPHA",
         help="real images by class: from 0, as in the data, to 1, each class equally often")
-    policy = number(str, lambda v: not v or set(v.split(",")) <= {*POLICIES}, f"some of {','.join(POLICIES)}")
-    add("--diffaug", type=policy, metavar="POLICY",
-        help=f'DiffAugment: some of {",".join(POLICIES)}; "" for none')
+    some = f'some of {",".join(POLICIES)}, or ""'
+    policy = number(str, lambda text: not text or set(text.split(",")) <= set(POLICIES), some)
+    add("--diffaug", type=policy, metavar="POLICY", help=f"parts of DiffAugment: {some}")
     add = parser.add_argument_group("networks and optimisers").add_argument
     add("--width", type=at_least(1), help="ch of BigGAN, the generator's")
     add("--discriminator-width", type=at_least(1), help="the discriminator's")
     add("--d-steps", type=at_least(1), help="steps of D before each step of G")
     add("--lr-d", type=positive, help="learning rate of D")
-    add("--ema-start", type=at_least(0), help="until this step the averaged generator is the generator")
+    add("--ema-start", type=at_least(0), help="the step until which the average is a copy")
     add("--sample-seed", type=at_least(0), default=0,
         help="another one: other samples to score, in a directory of their own")
     args = datasets.read_settings(parser, argv, "softlabel_gan", defaults, FREE)
@@ -165,11 +165,11 @@ def parse_settings(argv=None):
 # --------------------------------------------------------------------------------------------------
 # The paper's equations
 # --------------------------------------------------------------------------------------------------
-# x_r, x_f   (B, 3, R, R) real and fake images, in [-1, 1]        K   number of classes
-# y_hat      (B, K) what D is told of real images, P's y-hat^r    C   the classifier
-# y_f        (B, K) labels of fakes: one-hot, uniform             z   (B, d_z) noise, standard normal
-# D_real     (B,) D(x_r, y_hat), scores without bound             p   (N, K) C(x), the probabilities
-# D_fake     (B,) D(x_f, y_f)                                         of the N training images
+# x_r, x_f   (B, 3, R, R) real and fake images, in [-1, 1]       K   number of classes
+# y_hat      (B, K) what D is told of real images                C   the classifier
+# y_f        (B, K) labels of fakes: one-hot, uniform            p   (N, K) C's probabilities
+# D_real     (B,) D(x_r, y_hat), scores without bound                of the N training images
+# D_fake     (B,) D(x_f, y_f), likewise                          z   (B, d_z) standard normal
 # Every label is a distribution over the classes: it sums to 1.
 def discriminator_loss(D_real, D_fake):
     """Eqs 1 and 3: E[f_D(-D(x_r, y_hat))] + E[f_D(D(x_f, y_f))], f_D(t) = max(0, 1 + t). Scalar.
@@ -177,8 +177,8 @@ def discriminator_loss(D_real, D_fake):
     Eq. 1 has the one-hot y_r for y_hat. As printed, Eq. 3 has lost the second f_D: D would gain for
     ever by scoring fakes lower. A has this hinge on both.
     """
-    # TRY: softplus for relu, -D_real for 1 - D_real, D_fake for 1 + D_fake: no margin, so D never stops
-    # pushing its scores apart; see D_real and D_fake in the log.
+    # TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean(), the loss of the first GANs. It
+    # has no margin: D pushes its scores apart for ever, see D_real and D_fake in the log.
     return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()
 
 
@@ -190,7 +190,7 @@ def generator_loss(D_fake):
 def smooth_labels(y, alpha):
     """Smooth-GAN, §4.2: (1 - alpha) y + alpha / K. (N, K) in and out.
 
-    The image's own class gets 1 - alpha + alpha / K. A gives it 1 - alpha: its labels do not sum to 1.
+    The image's own class gets 1 - alpha + alpha / K. A gives it 1 - alpha: that does not sum to 1.
     """
     return (1 - alpha) * y + alpha / y.shape[1]
 
@@ -199,7 +199,7 @@ MIXUP_ALPHA = 0.2  # lambda ~ Beta(0.2, 0.2): A
 
 
 def mixup(x, y, lam, other):
-    """Mixup, §4.2: lambda x + (1 - lambda) x', and the labels likewise. other (B,): which image is x'."""
+    """Mixup, §4.2: lambda x + (1 - lambda) x', labels likewise. other (B,): which image is x'."""
     return lam * x + (1 - lam) * x[other], lam * y + (1 - lam) * y[other]
 
 
@@ -209,12 +209,13 @@ def online_label_smoothing(p, classes):
     Row i is the mean of p over the images of class i that C recognises; without any it is one-hot.
     p (N, K); classes (N,), those of the training images.
     A has this one table, from the finished classifier; Zhang et al. 2021, who invented OLS, renew
-    theirs each epoch. But A divides entry (i, j) by the number for class j, not for class i: its rows
-    sum to more than 1 for the head, and the rarer a class the larger its column.
+    theirs each epoch. But A divides entry (i, j) by the number for class j, not for class i: its
+    rows sum to more than 1 for the head, and the rarer a class the larger its column.
     """
     K = p.shape[1]
-    y, right = F.one_hot(classes, K).to(p), p.argmax(1) == classes
-    total, number = y[right].T @ p[right], y[right].sum(0)[:, None]
+    right = p.argmax(1) == classes
+    y, p = F.one_hot(classes[right], K).to(p), p[right]
+    total, number = y.T @ p, y.sum(0)[:, None]  # (K, K), (K, 1)
     return torch.where(number > 0, total / number.clamp(min=1), torch.eye(K, dtype=p.dtype))
 
 
@@ -237,9 +238,9 @@ def label_augmentation(how, classes, K, p=None, alpha=0.1):
 def diffaugment(x, policy):
     """DiffAugment (Zhao et al. 2020, arXiv:2006.10738), ranges of §4.3. x (B, 3, R, R) in and out.
 
-    policy: some of "color,translation,cutout", applied in this order. Each image draws its own numbers,
-    and gradients pass. What moves in or is cut out is 0, the middle grey. Nothing is clamped: colour
-    reaches |x| = 4.5.
+    policy: some of "color,translation,cutout", applied in this order. Each image draws its own
+    numbers, and gradients pass. What moves in or is cut out is 0, the middle grey. Nothing is
+    clamped: colour reaches |x| = 4.5.
     """
     B, R = len(x), x.shape[-1]
     reach, side = round(R / 8), R // 2
@@ -266,7 +267,7 @@ def diffaugment(x, policy):
         x = mean + contrast * (x - mean)
     if "translation" in policy:
         image = torch.arange(B, device=x.device)[:, None, None]
-        rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]  # (B, R, 1), (B, 1, R)
+        rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]
         padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
         x = padded[image, rows, columns].permute(0, 3, 1, 2)
     if "cutout" in policy:
@@ -282,8 +283,8 @@ def diffaugment(x, policy):
 # --------------------------------------------------------------------------------------------------
 # BigGAN (Brock et al. 2019, arXiv:1809.11096), not the deep one, as in A. CHANNELS are those of the
 # generator from 4 x 4 pixels up, in multiples of --width; the discriminator's are the same from the
-# image down. Above 32 pixels there is more: z comes in parts, one for each block ("hierarchical"), the
-# blocks share an embedding of the class, and 64 x 64 pixels have attention.
+# image down. Above 32 pixels there is more: z comes in parts, one for each block ("hierarchical"),
+# the blocks share an embedding of the class, and 64 x 64 pixels have attention.
 # Parameters at the paper's widths with K classes, generator and discriminator:
 #    32   4,273,667 + 3,072 K    4,204,801 +   256 K
 #    64  17,285,604 +   128 K   30,532,721 + 1,280 K
@@ -308,7 +309,7 @@ def latent_size(image_size):
 
 
 class ConditionalNorm(nn.Module):
-    """Batch normalisation, then (1 + W_g c) x + W_s c by the code c (B, code_size) of class and noise."""
+    """Batch normalisation, then (1 + W_g c) x + W_s c. c (B, code_size): class and noise."""
 
     def __init__(self, channels, code_size, eps):
         super().__init__()
@@ -350,7 +351,7 @@ class DiscriminatorBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if changes else nn.Identity()
 
     def forward(self, x):
-        h = x if self.first else F.relu(x)  # an image is not activated; not in place: the skip needs x
+        h = x if self.first else F.relu(x)  # an image is not activated
         h = self.conv2(F.relu(self.conv1(h)))
         if self.down:  # skip: pooled, then 1 x 1: the same, at a quarter of the price
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
@@ -381,8 +382,8 @@ class Attention(nn.Module):
 def initialise(network, image_size, plain=()):
     """Weights N(0, 0.02^2) up to 32 pixels, orthogonal above (A); zero biases; spectral norm (A).
 
-    Miyato et al. 2018: W / sigma(W), with sigma from one step of the power method in each forward pass
-    in training mode. The layers in `plain` have none.
+    Miyato et al. 2018: W / sigma(W), with sigma from one step of the power method in each forward
+    pass in training mode. The layers in `plain` have none.
     """
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -410,8 +411,10 @@ class Generator(nn.Module):
             self.shared = nn.Identity()
             first, code_size, eps = FLAT_LATENT, num_classes, 1e-5
         self.first = nn.Linear(first, 4 * 4 * widths[0])
-        self.blocks = nn.ModuleList([GeneratorBlock(a, b, code_size, eps) for a, b in pairwise(widths)])
-        places = [i for i in range(len(self.blocks)) if 8 * 2**i == ATTENTION_AT]  # block i gives 8 2^i
+        blocks = [GeneratorBlock(a, b, code_size, eps) for a, b in pairwise(widths)]
+        self.blocks = nn.ModuleList(blocks)
+        # Block i gives 8 * 2^i pixels a side.
+        places = [i for i in range(len(blocks)) if 8 * 2**i == ATTENTION_AT]
         self.attention = nn.ModuleDict({str(i): Attention(widths[i + 1]) for i in places})
         self.norm = nn.BatchNorm2d(widths[-1])
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -437,9 +440,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """x (B, 3, R, R) in [-1, 1], y (B, K) a distribution over classes -> scores (B,) without bound.
 
-    §4.3: D(x, y) = phi(x) V y + psi(phi(x)). V has no bias, so the score is linear in y: where y sums
-    to 1, D(x, y) is the mean of D(x, class) weighted by y. A one-hot y picks a column of V, the
-    embedding of the usual projection discriminator.
+    §4.3: D(x, y) = phi(x) V y + psi(phi(x)). V has no bias, so the score is linear in y: where y
+    sums to 1, D(x, y) is the mean of D(x, class) weighted by y. A one-hot y picks a column of V,
+    the embedding of the usual projection discriminator.
     """
 
     def __init__(self, image_size, width, num_classes):
@@ -471,7 +474,7 @@ GRID, FINAL = range(2)  # the pictures on the way, and what is scored, do not sh
 
 
 def noise_and_labels(n, d_z, K, device):
-    """What G makes fakes from: z (n, d_z), and y_f (n, K), one-hot, each class equally likely (P, §4.2).
+    """What G makes fakes from: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: §4.2.
 
     From the CPU: the same on each device.
     """
@@ -489,8 +492,9 @@ def latents(n, d_z, kind, seed):
 def generate(generator, z, classes, K, amp):
     """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,).
 
-    generator: the averaged one, in eval mode: batch norm has the averages of training. A's scripts for
-    32 pixels sample with statistics of the batch, which holds one class where classes are scored apart.
+    generator: the averaged one, in eval mode: batch norm has the averages of training. A's scripts
+    for 32 pixels sample with statistics of the batch, which then holds a single class where classes
+    are scored apart.
     """
     device = next(generator.parameters()).device
     images = []
@@ -503,7 +507,7 @@ def generate(generator, z, classes, K, amp):
 
 
 def sample_grid(generator, classes, K, args, amp):
-    """A row of samples of each class (n,), (10 n, 3, R, R) uint8; the noise of a column never changes."""
+    """Ten samples of each class (n,), always of the same ten z: (10 n, 3, R, R) uint8."""
     z = latents(datasets.GRID_COLUMNS, latent_size(args.image_size), GRID, args.seed)
     y = classes.repeat_interleave(datasets.GRID_COLUMNS)
     return generate(generator, z.repeat(len(classes), 1), y, K, amp)
@@ -531,6 +535,15 @@ def draw_borrowed(path, train, y_hat, rows):
         classes.append(k.expand(len(most)))
     grid = datasets.rows_of(train.images[torch.cat(index)], torch.cat(classes), rows)
     datasets.write_grid(path, grid)
+
+
+def warn_of_forgotten_classes(train, y_hat):
+    """Says which classes get less than a quarter (CHOICE) of what one-hot labels would give."""
+    rows = zip(train.classes, y_hat.sum(0), train.counts, strict=True)
+    forgotten = ", ".join(name for name, mass, n_c in rows if mass < n_c / 4)
+    if forgotten:
+        print(f"warning: D hears little of {forgotten}: the classifier gives less than a quarter "
+              "of the probability that its own images would have", file=sys.stderr, flush=True)
 
 
 def main(argv=None):
@@ -561,6 +574,7 @@ def main(argv=None):
         counted = images_that_count(told, COUNTS_ABOVE).tolist()
     if p is not None:
         draw_borrowed(run_dir / "samples" / "borrowed.png", train, told, grid_classes)
+        warn_of_forgotten_classes(train, told)
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
@@ -570,7 +584,7 @@ def main(argv=None):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     average = datasets.Average(ema, G)
     eps = 1e-8 if args.image_size <= 32 else 1e-6
-    adam = dict(betas=(0.0, 0.999), eps=eps, fused=device.type in ("cuda", "cpu"))  # A, but for fused
+    adam = dict(betas=(0.0, 0.999), eps=eps, fused=device.type in ("cuda", "cpu"))  # betas, eps: A
     optimizer_G = torch.optim.Adam(G.parameters(), args.lr, **adam)
     optimizer_D = torch.optim.Adam(D.parameters(), args.lr_d, **adam)
     real_by = args.oversample or "data"
@@ -591,8 +605,8 @@ def main(argv=None):
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
     precision, resumed = ", bf16" if amp else "", f"; resumed at step {start}" if start else ""
     print(f"BigGAN, labels {args.labels}, DiffAugment {args.diffaug or 'off'}, on {args.dataset}: "
-          f"{len(train.labels)} images of {K} classes; {parameters[0]:,} + {parameters[1]:,} parameters; "
-          f"{device}{precision}; {run_dir}{resumed}", flush=True)
+          f"{len(train.labels)} images of {K} classes; {parameters[0]:,} + {parameters[1]:,} "
+          f"parameters; {device}{precision}; {run_dir}{resumed}", flush=True)
 
     net_G, net_D = (torch.compile(G), torch.compile(D)) if args.compile else (G, D)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
