@@ -499,7 +499,6 @@ def predict(classifier, images):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-# same in: cbdm.py, classifier.py, softlabel_gan.py
 def load_checkpoint(path, device):
     """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
     if not Path(path).is_file():
@@ -512,7 +511,6 @@ def load_checkpoint(path, device):
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
 
 
-# same in: classifier.py, softlabel_gan.py
 def check_same_run(args, found, run_dir):
     """Raises InputError, naming the flags, if the run in this directory has other settings."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -521,7 +519,6 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-# same in: cbdm.py, classifier.py, softlabel_gan.py
 def trim_log(path, step):
     """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
     if path.exists():
@@ -540,7 +537,6 @@ LOSSES = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3 and 7, th
 CERTAIN = 0.9  # Fig. 3 counts samples whose class is more probable than this apart
 
 
-# same in: cbdm.py, softlabel_gan.py
 def write_grid(path, images, columns):
     """(N, 3, H, W) uint8 as a PNG, row by row; small images are enlarged to about 64 pixels."""
     from PIL import Image
@@ -561,7 +557,6 @@ def rows_by_class(images, seen, classes):
     return grid.flatten(0, 1)
 
 
-# same in: softlabel_gan.py
 def state_pairs(average, network):
     """The tensors of two like networks, as ((averages, values to average), (copies, values to copy)): lists.
 

@@ -580,7 +580,6 @@ def accuracy(network, test_set, train_counts, device="cpu"):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint and resume
 # ----------------------------------------------------------------------------------------------------------------------
-# same in: cbdm.py, cbgan.py, softlabel_gan.py
 def load_checkpoint(path, device):
     """The dictionary that main() saved. Raises InputError, naming the file, if it is missing or damaged."""
     if not Path(path).is_file():
@@ -593,7 +592,6 @@ def load_checkpoint(path, device):
         raise InputError(f"checkpoint {path} is damaged ({reason}); it is kept, move it away to start afresh") from error
 
 
-# same in: cbgan.py, softlabel_gan.py
 def check_same_run(args, found, run_dir):
     """Raises InputError, naming the flags, if the run in this directory has other settings."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -602,7 +600,6 @@ def check_same_run(args, found, run_dir):
         raise InputError(f"{run_dir} holds a run with other settings ({'; '.join(differs)}); choose another --run-dir")
 
 
-# same in: cbdm.py, cbgan.py, softlabel_gan.py
 def trim_log(path, step):
     """Drops the lines of a log that a killed run wrote after the checkpoint of this step: they will be written again."""
     if path.exists():

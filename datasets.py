@@ -79,6 +79,13 @@ class ImageSet:
         return torch.bincount(self.labels, minlength=len(self.classes))
 
     @property
+    def summary(self):
+        """How many images of how many classes, in words."""
+        counts = self.counts
+        return (f"{len(self.labels)} images of {len(self.classes)} classes, "
+                f"{int(counts.max())} to {int(counts.min())} a class")
+
+    @property
     def fingerprint(self):
         """16 hexadecimal digits that tell these images and labels from others."""
         return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
@@ -829,6 +836,11 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def to_device(x, device):
+    """A tensor on the device, without making the CPU wait for what a GPU has still to do."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 class Average:
     """Keeps `average`, a copy of `network` that does not learn, at the moving average of its weights (EMA).
 
@@ -1032,7 +1044,7 @@ def grid_classes(counts):
 
 
 def rows_of(images, which, classes):
-    """A row for each of these classes: its first images (N, 3, H, W), then white. which (N,): their classes."""
+    """A row for each of these classes: its first images (N, 3, H, W), then white; which (N,): classes."""
     grid = torch.full((len(classes), GRID_COLUMNS, *images.shape[1:]), 255, dtype=torch.uint8)
     for row, k in zip(grid, classes, strict=True):
         found = images[which == k][:GRID_COLUMNS]
@@ -1054,6 +1066,13 @@ def write_grid(path, images, columns=GRID_COLUMNS):
 def balanced_labels(n, num_classes):
     """n labels, class after class, each class equally often to within one: (n,) int64."""
     return (torch.arange(n) % num_classes).sort().values
+
+
+def save_samples(path, images, **arrays):
+    """A samples file: images (N, 3, H, W) uint8 as `images` (N, H, W, 3), and the arrays that are not None."""
+    arrays = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
+    with atomic_write(path) as file:
+        np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), **arrays)
 
 
 def to_uint8(x):

@@ -935,6 +935,29 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     return {**result, "per_class": per_class}
 
 
+def score_run(where, images, labels, args, device, seen=None, protocol=None, totals=None, per_class=None):
+    """Scores, writes and prints the samples of a finished run; the last step of each method's script.
+
+    where       directory of the samples: metrics.json and per_class.csv go there too
+    args        the run's settings: dataset, data_dir, features, reference, rho, image_size, scores
+    protocol    dict, added to that of the result; totals: to the scores of all; per_class: K dicts, to the classes' rows
+    returns     the dict of `evaluate`; None where the features can't be had: the samples are there, which is said
+    """
+    try:
+        result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
+                          args.image_size, device=device, seen=seen, scores=args.scores)
+    except InputError as error:  # most often: no weights for the features, and no network to get them
+        print(f"{Path(where) / 'samples.npz'} is written but not scored: {error}. Then the same command resumes here.")
+        return None
+    result["protocol"] |= protocol or {}
+    result["all"] |= totals or {}
+    if per_class:
+        result["per_class"] = [row | more for row, more in zip(result["per_class"], per_class, strict=True)]
+    write_scores(result, where)
+    print(format_table(result))
+    return result
+
+
 def mean_and_std(values):
     """Of the values that are not None; None, None if all are."""
     values = [x for x in values if x is not None]

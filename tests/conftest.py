@@ -49,6 +49,18 @@ def run_script():
     return run
 
 
+def edited(script, *changes):
+    """The module of a script in which some passages, (old, new), are replaced: what a reader tries at a TRY."""
+    source = (ROOT / script).read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, f"{script} has {source.count(old)} times {old!r}"
+        source = source.replace(old, new)
+    module = types.ModuleType(f"{Path(script).stem}_edited")
+    module.__file__ = str(ROOT / script)
+    exec(compile(source, script, "exec"), module.__dict__)
+    return module
+
+
 # What a run left behind, for the tests of several scripts.
 def state_of(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)

@@ -4,7 +4,7 @@ An untrained U-Net predicts almost nothing (its last layers start near zero), so
 those layers anew first: `lively`.
 """
 
-import copy
+import inspect
 import json
 import math
 import os
@@ -16,18 +16,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, edited
 from PIL import Image
 
 import cbdm
+import datasets
+import metrics
 from cbdm import NO_LABEL, T
 from datasets import InputError
 
-ALPHA_BAR = cbdm.LINEAR
+ALPHA_BAR = cbdm.noise_schedule("linear")
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
-TINY = ["--dataset", "shapeslt", "--channels", "8", "--multipliers", "1", "1", "--attention-level", "1",
-        "--batch-size", "8", "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0"]
+TINY = ["--dataset", "shapeslt", "--channels", "8", "--multipliers", "1", "1", "--attention-level", "1", "--batch-size", "8",
+        "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0", "--device", "cpu"]
 
 
 def lively(num_classes=5, channels=32, multipliers=(1, 2), dropout=0.0, seed=0):
@@ -60,10 +62,10 @@ def test_schedule_end_points():
 def test_forward_process_is_undone_by_the_true_noise():
     torch.manual_seed(0)
     x_0, eps = torch.randn(2, T, 3, 2, 2, dtype=torch.float64).unbind(0)
-    x_t = cbdm.q_sample(x_0, torch.arange(T), eps)
+    x_t = cbdm.q_sample(x_0, torch.arange(T), eps, ALPHA_BAR)
     by_hand = math.sqrt(0.0785872429) * x_0[499] + math.sqrt(1 - 0.0785872429) * eps[499]
     assert torch.allclose(x_t[499], by_hand, atol=1e-8)
-    back = torch.stack([cbdm.predict_x_0(x_t[t], eps[t], t, clip=False) for t in range(T)])
+    back = torch.stack([cbdm.predict_x_0(x_t[t], eps[t], t, False, ALPHA_BAR) for t in range(T)])
     assert torch.allclose(back, x_0, atol=1e-10)
 
 
@@ -85,7 +87,7 @@ def test_velocity_and_noise_are_the_same_statement():
         a, d = math.atan2((1 - ALPHA_BAR[t]).sqrt(), ALPHA_BAR[t].sqrt()), 1e-6
         x = lambda a: math.cos(a) * x_0 + math.sin(a) * eps  # noqa: E731
         assert torch.allclose(v, (x(a + d) - x(a - d)) / (2 * d), atol=1e-7)
-        assert torch.allclose(cbdm.eps_of_velocity(v, cbdm.q_sample(x_0, times, eps), t, ALPHA_BAR), eps, atol=1e-9)
+        assert torch.allclose(cbdm.eps_of_velocity(v, cbdm.q_sample(x_0, times, eps, ALPHA_BAR), t, ALPHA_BAR), eps, atol=1e-9)
 
 
 def test_ddpm_loss_is_the_mean_over_pixels():
@@ -108,7 +110,7 @@ def test_loss_and_gradients_in_closed_form(predictions):
     """dL/dh = 2/N [(h - eps) + w (h - h')], dL/dh' = 2/N gamma w (h' - h), with w = tau t and N the number of entries."""
     h, h_prime, eps, t, labelled = predictions
     gamma, tau = 0.25, 0.001
-    L_r, L_rc = cbdm.regularisers(h, h_prime[None], t, tau, labelled)
+    L_r, L_rc = cbdm.regularisers(h, h_prime, t, tau, labelled)
     loss = cbdm.ddpm_loss(h, eps) + L_r + gamma * L_rc
     loss.backward()
     w = (tau * t).double().view(-1, 1, 1, 1)
@@ -123,9 +125,9 @@ def test_loss_and_gradients_in_closed_form(predictions):
 
 def test_the_two_terms_are_equal_and_weighted_by_t(predictions):
     h, h_prime, _, t, labelled = predictions
-    L_r, L_rc = cbdm.regularisers(h, h_prime[None], t, 0.001, labelled)
+    L_r, L_rc = cbdm.regularisers(h, h_prime, t, 0.001, labelled)
     assert L_r.item() == L_rc.item() > 0
-    ones, zeros = torch.ones(1, 3, 2, 2), torch.zeros(1, 1, 3, 2, 2)
+    ones, zeros = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     for step, weight in ((0, 0.0), (500, 0.5), (999, 0.999)):
         L_r, _ = cbdm.regularisers(ones, zeros, torch.tensor([step]), 0.001, torch.ones(1).bool())
         assert L_r.item() == pytest.approx(weight)
@@ -133,24 +135,17 @@ def test_the_two_terms_are_equal_and_weighted_by_t(predictions):
 
 def test_gamma_one_is_the_plain_squared_distance(predictions):
     h, h_prime, _, t, labelled = predictions
-    sum(cbdm.regularisers(h, h_prime[None], t, 0.001, labelled)).backward()
+    sum(cbdm.regularisers(h, h_prime, t, 0.001, labelled)).backward()
     a, b = h.detach().requires_grad_(), h_prime.detach().requires_grad_()
     ((0.001 * t).view(-1, 1, 1, 1) * (a - b) ** 2).mean().backward()
     assert torch.allclose(h.grad, a.grad, atol=1e-15) and torch.allclose(h_prime.grad, b.grad, atol=1e-15)
 
 
-def test_several_labels_are_averaged(predictions):
-    h, h_prime, eps, t, labelled = predictions
-    both = cbdm.regularisers(h, torch.stack([h_prime, eps]), t, 0.001, labelled)[0]
-    single = [cbdm.regularisers(h, x[None], t, 0.001, labelled)[0] for x in (h_prime, eps)]
-    assert both.item() == pytest.approx(sum(single).item() / 2, rel=1e-12)
-
-
 def test_images_without_label_have_no_regulariser_but_count(predictions):
     h, h_prime, _, t, _ = predictions
-    none = cbdm.regularisers(h, h_prime[None], t, 0.001, torch.zeros(6).bool())
+    none = cbdm.regularisers(h, h_prime, t, 0.001, torch.zeros(6).bool())
     assert none[0].item() == none[1].item() == 0
-    one = cbdm.regularisers(h, h_prime[None], t, 0.001, torch.arange(6) == 3)[0]
+    one = cbdm.regularisers(h, h_prime, t, 0.001, torch.arange(6) == 3)[0]
     assert one.item() == pytest.approx(0.5 * ((h[3] - h_prime[3]) ** 2).mean().item() / 6, rel=1e-12)  # t[3] = 500
 
 
@@ -163,7 +158,7 @@ def test_stop_gradients_reach_the_label_table():
     for term, moved, still in ((0, y, y_prime), (1, y_prime, y)):
         model.zero_grad()
         h, h_prime = model(x_t, t, y), model(x_t, t, y_prime)
-        cbdm.regularisers(h, h_prime[None], t, 0.001, torch.ones(3).bool())[term].backward()
+        cbdm.regularisers(h, h_prime, t, 0.001, torch.ones(3).bool())[term].backward()
         rows = model.label.weight.grad.abs().sum(1)
         assert (rows[moved] > 0).all() and (rows[still] == 0).all()
 
@@ -173,7 +168,7 @@ def test_equal_labels_give_no_regulariser_unless_dropout_differs():
     for dropout, expect_zero in ((0.0, True), (0.5, False)):
         model = lively(dropout=dropout).train()
         h, h_prime = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, y])).chunk(2)
-        value = cbdm.regularisers(h, h_prime[None], t, 0.001, torch.ones(6).bool())[0].item()
+        value = cbdm.regularisers(h, h_prime, t, 0.001, torch.ones(6).bool())[0].item()
         assert value < 1e-20 if expect_zero else value > 1e-6
 
 
@@ -193,7 +188,7 @@ def test_label_distributions():
 # ---------------------------------------------------------------------------------------------------------- network
 
 
-@pytest.mark.parametrize("num_classes, parameters", [(0, 35_746_307), (10, 35_751_427), (100, 35_797_507)])
+@pytest.mark.parametrize("num_classes, parameters", [(10, 35_751_427), (100, 35_797_507)])
 def test_parameters_of_the_papers_network(num_classes, parameters):
     model = cbdm.UNet(num_classes, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -220,7 +215,7 @@ def test_attention_against_scaled_dot_product_attention():
 
 
 def test_time_table_is_interleaved_sines_and_cosines():
-    table = cbdm.UNet(0, 32, (1,), 1, 0, 0.0).time_table
+    table = cbdm.UNet(1, 32, (1,), 1, 0, 0.0).time_table
     assert table.shape == (1000, 32) and torch.equal(table[0], torch.tensor([0.0, 1.0] * 16))
     for i in (0, 5, 15):
         f = 10_000 ** (-2 * i / 32)
@@ -273,56 +268,45 @@ def one_step_pair(t, seed=0):
 def test_ancestral_mean_is_ho_et_als_formula(t):
     """(x_t - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha): Ho et al. 2020, Alg. 2, line 4."""
     x_t, eps, z = one_step_pair(t)
-    mean = cbdm.ancestral_step(x_t, eps, t, torch.zeros_like(z))
+    mean = cbdm.ancestral_step(x_t, eps, t, torch.zeros_like(z), False, ALPHA_BAR)
     expected = (x_t - BETA[t] / (1 - ALPHA_BAR[t]).sqrt() * eps) / (1 - BETA[t]).sqrt()
     assert torch.allclose(mean, expected, atol=1e-11)
-    assert torch.allclose(cbdm.ancestral_step(x_t, eps, t, z) - mean, BETA[t].sqrt() * z, atol=1e-12)
+    assert torch.allclose(cbdm.ancestral_step(x_t, eps, t, z, False, ALPHA_BAR) - mean, BETA[t].sqrt() * z, atol=1e-12)
 
 
 def test_last_ancestral_step_has_no_noise():
     x_t, eps, z = one_step_pair(0)
-    assert torch.allclose(cbdm.ancestral_step(x_t, eps, 0, z), cbdm.predict_x_0(x_t, eps, 0, clip=False), atol=1e-12)
+    last = cbdm.ancestral_step(x_t, eps, 0, z, False, ALPHA_BAR)
+    assert torch.allclose(last, (x_t - 0.01 * eps) / math.sqrt(0.9999), atol=1e-12)  # alpha_bar_0 = 0.9999
 
 
-@pytest.mark.parametrize("t", [1, 7, 500, 999])
-def test_ddim_at_eta_one_is_the_posterior(t):
-    """Mean of q(x_{t-1} | x_t, x_0), and its own variance beta (1 - alpha_bar_prev) / (1 - alpha_bar): not beta."""
-    x_t, eps, z = one_step_pair(t)
-    mean = cbdm.ddim_step(x_t, eps, t, t - 1, eta=1.0)
-    assert torch.allclose(mean, cbdm.ancestral_step(x_t, eps, t, torch.zeros_like(z)), atol=1e-11)
-    variance = BETA[t] * (1 - ALPHA_BAR[t - 1]) / (1 - ALPHA_BAR[t])
-    assert torch.allclose(cbdm.ddim_step(x_t, eps, t, t - 1, eta=1.0, z=z) - mean, variance.sqrt() * z, atol=1e-12)
-    assert variance < BETA[t]
-
-
-def test_posterior_variance_at_the_ends():
-    """beta is 2.199 times the posterior variance at t = 1 and equals it at 999."""
+def test_ancestral_variance_is_the_large_one():
+    """beta_t is 2.199 times the variance of the posterior at t = 1, and as large at 999 (Ho et al. 2020, §3.2)."""
     x_t, eps, z = one_step_pair(1)
     for t, ratio in ((1, 2.199), (999, 1.0)):
-        small, large = (f(1.0) - f(0.0) for f in (
-            lambda scale, t=t: cbdm.ddim_step(x_t, eps, t, t - 1, eta=1.0, z=scale * z),
-            lambda scale, t=t: cbdm.ancestral_step(x_t, eps, t, scale * z)))
-        assert ((large / small) ** 2).mean().item() == pytest.approx(ratio, rel=1e-3)
+        with_noise, without = (cbdm.ancestral_step(x_t, eps, t, s * z, False, ALPHA_BAR) for s in (1, 0))
+        posterior = BETA[t] * (1 - ALPHA_BAR[t - 1]) / (1 - ALPHA_BAR[t])
+        assert (((with_noise - without) / z) ** 2 / posterior).mean().item() == pytest.approx(ratio, rel=1e-3)
 
 
 def test_ddim_with_the_true_noise_follows_the_trajectory():
     x_0, eps, z = one_step_pair(0)
-    x_t = cbdm.q_sample(x_0, torch.tensor([990, 990]), eps)
+    x_t = cbdm.q_sample(x_0, torch.tensor([990, 990]), eps, ALPHA_BAR)
     for t, t_prev in ((990, 640), (640, 30)):
-        x_t = cbdm.ddim_step(x_t, eps, t, t_prev)
-        assert torch.allclose(x_t, cbdm.q_sample(x_0, torch.tensor([t_prev, t_prev]), eps), atol=1e-10)
-    assert torch.allclose(cbdm.ddim_step(x_t, eps, 30, -1), x_0, atol=1e-10)
+        x_t = cbdm.ddim_step(x_t, eps, t, t_prev, False, ALPHA_BAR)
+        assert torch.allclose(x_t, cbdm.q_sample(x_0, torch.tensor([t_prev, t_prev]), eps, ALPHA_BAR), atol=1e-10)
+    assert torch.allclose(cbdm.ddim_step(x_t, eps, 30, -1, False, ALPHA_BAR), x_0, atol=1e-10)
 
 
 def test_clipping_changes_nothing_inside_the_range_and_bounds_what_is_outside():
     x_0, eps, z = one_step_pair(0)
     inside = x_0.clamp(-1, 1)
-    x_t = cbdm.q_sample(inside, torch.tensor([700, 700]), eps)
-    for step in (lambda x, clip: cbdm.ddim_step(x, eps, 700, 600, clip=clip),
-                 lambda x, clip: cbdm.ancestral_step(x, eps, 700, z, clip)):
+    x_t = cbdm.q_sample(inside, torch.tensor([700, 700]), eps, ALPHA_BAR)
+    for step in (lambda x, clip: cbdm.ddim_step(x, eps, 700, 600, clip, ALPHA_BAR),
+                 lambda x, clip: cbdm.ancestral_step(x, eps, 700, z, clip, ALPHA_BAR)):
         assert torch.allclose(step(x_t, True), step(x_t, False), atol=1e-10)
         assert not torch.allclose(step(5 * x_t, True), step(5 * x_t, False), atol=1e-2)
-    assert cbdm.ddim_step(5 * x_t, eps, 30, -1, clip=True).abs().max() <= 1
+    assert cbdm.ddim_step(5 * x_t, eps, 30, -1, True, ALPHA_BAR).abs().max() <= 1
 
 
 def test_guidance_is_affine():
@@ -339,15 +323,22 @@ def sampling_settings(**changes):
 
 
 class Counting(torch.nn.Module):
-    """Counts the images that go through a network."""
+    """Counts the images that go through a network, and notes the step of each pass."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.images = model, 0
+        self.model, self.images, self.times = model, 0, []
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # where the network is
 
     def forward(self, x, t, y):
         self.images += len(x)
+        self.times.append(t[0].item())
         return self.model(x, t, y)
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x, t, y):
+        return 0 * x
 
 
 def test_sampling_is_repeatable_and_guidance_costs_a_second_pass():
@@ -360,6 +351,17 @@ def test_sampling_is_repeatable_and_guidance_costs_a_second_pass():
     guided = cbdm.sample(model, y, sampling_settings(guidance=2.0), False, 7, "ddim")
     assert model.images == 2 * 3 * 10 and not torch.equal(first, guided)
     assert not torch.equal(first, cbdm.sample(model, y, sampling_settings(guidance=0.0), False, 8, "ddim"))
+
+
+def test_ddim_visits_the_multiples_of_a_tenth_of_T():
+    """10 steps: t = 900, 800, ..., 0, the last one straight to the image."""
+    model = Counting(lively().float().eval())
+    cbdm.sample(model, torch.tensor([0]), sampling_settings(guidance=0.0), False, 7, "ddim")
+    assert model.times == list(range(900, -1, -100))
+    model.times.clear()
+    model.model = Nothing()
+    cbdm.sample(model, torch.tensor([0]), sampling_settings(guidance=1.0), False, 7, "ancestral")
+    assert model.times == list(range(999, -1, -1))
 
 
 def test_without_a_label_table_guidance_has_no_effect():
@@ -410,14 +412,6 @@ def test_learning_rate():
     assert cbdm.learning_rate(200, a) == pytest.approx(1e-4) and cbdm.learning_rate(299, a) < 2e-8
 
 
-def test_ema_after_k_steps():
-    """The average of weights that jump from 0 to 1 and stay: 1 - decay^k."""
-    average, weights = [torch.zeros(3)], [torch.ones(3)]
-    for _ in range(100):
-        torch._foreach_lerp_(average, weights, 1 - 0.9999)
-    assert average[0][0].item() == pytest.approx(1 - 0.9999**100, rel=1e-4)
-
-
 def test_run_directory_says_what_differs():
     assert cbdm.parse_settings(["--dataset", "cifar100lt"]).run_dir == "runs/cbdm-cifar100lt-s0"
     named = cbdm.parse_settings(["--dataset", "cifar100lt", "--tau", "0", "--seed", "3", "--device", "cpu"]).run_dir
@@ -440,75 +434,272 @@ def log_of(run_dir):
     return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
 
 
-def start(*arguments, cwd):
-    """cbdm.py as a process of its own, to send signals to."""
-    return subprocess.Popen([sys.executable, ROOT / "cbdm.py", *arguments], cwd=cwd,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def tiny_run(run_dir, *flags):
+    cbdm.main([*TINY, *map(str, flags), "--run-dir", str(run_dir)])
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
-def test_a_killed_run_continues_bit_for_bit(tmp_path, capsys):
-    """SIGKILL, then the same command: weights, averages and losses of the run that was never stopped."""
-    common = [*TINY, "--dropout", "0.1", "--save-every", "7", "--steps", "101"]
-    whole = tmp_path / "whole"
-    cbdm.main([*common, "--run-dir", str(whole)])
-    killed = tmp_path / "killed"
-    process = start(*common, "--run-dir", killed, cwd=tmp_path)
+def angle(t):
+    """alpha_bar = cos^2, 1 - alpha_bar = sin^2 of it: (B, 1, 1, 1) float64, from the betas of P, §4.1."""
+    return torch.cumprod(1 - BETA, 0).sqrt().arccos()[t].view(-1, 1, 1, 1)
+
+
+def randomise(model):
+    """A network starts with outputs near zero, whose gradients are small: draw those layers anew."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.xavier_uniform_(module.weight, gain=1.5)
+
+
+LOOPS = {
+    "eps, bal": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.3, regularise_after=0.34),
+    "v, sqrt": dict(prediction="v", label_set="sqrt", gamma=2.0, tau=0.001, drop_rate=0.5, regularise_after=0.0),
+    "gamma 0, train": dict(prediction="eps", label_set="train", gamma=0.0, tau=0.02, drop_rate=0.1, regularise_after=0.0),
+    "whole batches": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.5, regularise_after=0.0,
+                          drop_whole_batch=True),
+    "DDPM": dict(prediction="eps", label_set="train", gamma=0.25, tau=0.0, drop_rate=0.1, regularise_after=0.0),
+}
+
+
+@pytest.mark.parametrize("how", LOOPS)
+def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
+    """Six steps of main() against the same steps written here, from the same random numbers: Eq. 4, two passes, plain
+    autograd, Adam, a clipping that bites, the average of the weights. Only the network is the script's."""
+    c, lr, beta2, decay, warmup, steps, B = LOOPS[how], 0.01, 0.9, 0.7, 2, 6, 8
+    initialise = cbdm.UNet.initialise
+    monkeypatch.setattr(cbdm.UNet, "initialise", lambda self: (initialise(self), randomise(self)))
+    flags = [x for k, v in c.items() if v is not True for x in ("--" + k.replace("_", "-"), str(v))]
+    flags += ["--drop-whole-batch"] if c.get("drop_whole_batch") else []
+    state = tiny_run(tmp_path, *flags, "--lr", lr, "--beta2", beta2, "--ema", decay, "--warmup", warmup, "--steps", steps,
+                     "--lr-schedule", "constant", "--noise-schedule", "linear", "--amp", "off", "--seed", "5")
+
+    torch.manual_seed(5)
+    model = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0)
+    averaged = {name: w.clone() for name, w in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2))
+    train = datasets.load("shapeslt", "data")
+    batches = datasets.Batches(train, B, flip=True, seed=5)
+    N_k = train.counts.double()
+    norms, equal, unlabelled = [], 0, 0
+    for step in range(steps):
+        x_0, y = next(batches)
+        t, eps = torch.randint(0, 1000, (B,)), torch.randn_like(x_0)
+        cos, sin = angle(t).cos().float(), angle(t).sin().float()
+        x_t = cos * x_0 + sin * eps
+        target = eps if c["prediction"] == "eps" else cos * eps - sin * x_0
+        dropped = torch.rand(1 if c.get("drop_whole_batch") else B) < c["drop_rate"]
+        for i in range(B):
+            if dropped[i % len(dropped)]:
+                y[i] = NO_LABEL
+        unlabelled += (y == NO_LABEL).sum().item()
+        h = model(x_t, t, y)
+        loss = ((target - h) ** 2).mean()
+        if c["tau"] and step >= c["regularise_after"] * steps:
+            q = {"train": N_k, "bal": torch.ones(10).double(), "sqrt": N_k**0.5}[c["label_set"]]
+            y_prime = torch.multinomial(q / q.sum(), B, replacement=True)
+            equal += (y_prime == y).sum().item()
+            h_prime = model(x_t, t, y_prime)
+            for i in range(B):
+                if y[i] != NO_LABEL:
+                    moves_h = ((h[i] - h_prime[i].detach()) ** 2).mean()
+                    moves_h_prime = ((h[i].detach() - h_prime[i]) ** 2).mean()
+                    loss = loss + c["tau"] * t[i] / B * (moves_h + c["gamma"] * moves_h_prime)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = torch.cat([w.grad.flatten() for w in model.parameters()])
+        norms.append(gradient.norm().item())
+        for w in model.parameters():
+            w.grad *= min(1, 1 / (norms[-1] + 1e-6))
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / warmup)
+        optimizer.step()
+        averaged = {name: decay * averaged[name] + (1 - decay) * w for name, w in model.state_dict().items()}
+    assert max(norms) > 1.5 and unlabelled > 0  # the clipping bites, labels were dropped
+    for name, w in model.state_dict().items():
+        if name.endswith(".k.bias"):  # softmax does not see it: its gradient is 0, and Adam steps on rounding
+            assert model.get_parameter(name).grad.abs().max() < 1e-6 * gradient.abs().max()
+            continue
+        for found, expected in ((state["model"][name], w), (state["ema"][name], averaged[name])):
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "score_run", lambda *a, **k: None)
+    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off"]
+    state = tiny_run(tmp_path, *flags)
+    args = cbdm.parse_settings([*TINY, *map(str, flags)])
+    expected = {}
+    for which in ("model", "ema"):
+        network = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0).eval()
+        network.load_state_dict(state[which])
+        labels = torch.arange(10).repeat_interleave(2)
+        expected[which] = cbdm.sample(network, labels, args, False, datasets.seed_from(0, 0), "ddim").permute(0, 2, 3, 1)
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
+        assert (samples["labels"] == labels.numpy()).all()
+        assert np.array_equal(samples["images"], expected["ema"].numpy())
+        assert not np.array_equal(samples["images"], expected["model"].numpy())
+
+
+def test_flips_can_be_turned_off(tmp_path, monkeypatch):
+    """--no-flip, for digits and signs: all images of the batches are images of the data."""
+    seen = []
+    following = datasets.Batches.__next__
+    monkeypatch.setattr(datasets.Batches, "__next__", lambda self: seen.append(following(self)) or seen[-1])
+    tiny_run(tmp_path / "a", "--no-flip", "--steps", 2)
+    images = datasets.load("shapeslt", "data").images
+    known = {x.numpy().tobytes() for x in images}
+    found = [((x + 1) * 127.5).round().to(torch.uint8) for x, _ in seen]
+    assert all(x.numpy().tobytes() in known for batch in found for x in batch)
+    seen.clear()
+    tiny_run(tmp_path / "b", "--steps", 2)
+    found = [((x + 1) * 127.5).round().to(torch.uint8) for x, _ in seen]
+    assert not all(x.numpy().tobytes() in known for batch in found for x in batch)
+
+
+# ------------------------------------------------------------------------------------- TRY: places to experiment
+
+
+def test_try_the_same_pull_at_each_step(predictions):
+    """T / 2 for t: as much pull on average over t, but also on images with hardly any noise."""
+    other = edited("cbdm.py", ("weight = tau * t.to(h.dtype)", "weight = tau * T / 2")).regularisers
+    h, zeros = torch.ones(T, 3, 1, 1), torch.zeros(T, 3, 1, 1)
+    each, first = torch.arange(T), torch.ones(T).bool()
+    assert other(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.5)
+    assert cbdm.regularisers(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.4995)
+    assert other(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0] > cbdm.regularisers(h[:1], zeros[:1], each[:1], 0.001,
+                                                                                      first[:1])[0]
+
+
+def test_try_without_stop_gradients(predictions):
+    """L_r alone (gamma 0) then pulls h' too, which stop-gradients spare."""
+    other = edited("cbdm.py", ("distance(h, h_prime.detach()), distance(h.detach(), h_prime)",
+                               "distance(h, h_prime), distance(h, h_prime)")).regularisers
+    h, h_prime, _, t, labelled = predictions
+    other(h, h_prime, t, 0.001, labelled)[0].backward()
+    assert h_prime.grad.abs().sum() > 0 and torch.allclose(h_prime.grad, -h.grad)
+    h.grad = h_prime.grad = None
+    cbdm.regularisers(h, h_prime, t, 0.001, labelled)[0].backward()
+    assert h_prime.grad is None and h.grad.abs().sum() > 0
+
+
+def test_try_rare_labels_most_often():
+    counts = torch.tensor([1000, 100, 10])
+    other = edited("cbdm.py", ('"bal": 0.0,', '"bal": -1.0,')).label_distribution(counts, "bal")
+    assert (other[2] / other[0]).item() == pytest.approx(100) and other.sum().item() == pytest.approx(1)
+
+
+def test_try_guidance_in_the_later_steps_alone():
+    """`or t > 600`: three of ten steps of DDIM then cost one pass instead of two."""
+    line = "if args.guidance == 0:"
+    assert line + "  # TRY: or t > 600" in inspect.getsource(cbdm)
+    other = edited("cbdm.py", (line, "if args.guidance == 0 or t > 600:"))
+    model = Counting(lively().float().eval())
+    other.sample(model, torch.tensor([0, 1]), sampling_settings(guidance=2.0), False, 7, "ddim")
+    assert model.images == 2 * (3 * 1 + 7 * 2)
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+class Stopped(Exception):
+    pass
+
+
+def interrupt(monkeypatch, after, how):
+    """Calls how() at the end of step `after`, before anything of that step is logged or saved."""
+    add, count = datasets.Log.add, []
+
+    def counting(self, *values):
+        add(self, *values)
+        count.append(1)
+        if len(count) == after:
+            how()
+
+    monkeypatch.setattr(datasets.Log, "add", counting)
+
+
+def raise_stopped():
+    raise Stopped
+
+
+def test_an_aborted_run_resumes_bit_for_bit(tmp_path, capsys, monkeypatch):
+    """Cut off in its tenth step, then the same command: weights, averages and losses of the run that was never stopped."""
+    monkeypatch.setattr(datasets, "LOG_EVERY", 4)
+    flags = ["--dropout", "0.1", "--save-every", "7", "--steps", "13"]
+    tiny_run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        interrupt(patch, 10, raise_stopped)
+        tiny_run(tmp_path / "cut", *flags)
+    assert weights_of(tmp_path / "cut")[0]["step"] == 7
+    tiny_run(tmp_path / "cut", *flags)
+    assert "resumed at step 7" in capsys.readouterr().out
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    assert [row["step"] for row in log_of(tmp_path / "cut")] == [4, 8, 12, 13]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(number, tmp_path, monkeypatch, capsys):
+    flags = ["--save-every", "100000", "--steps", "9"]
+    before = signal.getsignal(number)
+    tiny_run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        interrupt(patch, 5, lambda: os.kill(os.getpid(), number))
+        tiny_run(tmp_path / "cut", *flags)
+    assert stopped.value.code == 128 + number and "the same command resumes" in capsys.readouterr().out
+    assert weights_of(tmp_path / "cut")[0]["step"] == 5
+    assert signal.getsignal(number) is before  # a later signal to this process is not swallowed
+    tiny_run(tmp_path / "cut", *flags)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_killed_process_loses_at_most_save_every_steps(tmp_path):
+    """SIGKILL to a process of its own: the checkpoint is whole, and resumes."""
+    flags = [*TINY, "--save-every", "3", "--steps", "1000000", "--lr-schedule", "constant"]
+    process = subprocess.Popen([sys.executable, ROOT / "cbdm.py", *flags, "--run-dir", "run"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (killed / "log.jsonl").exists() or not (killed / "log.jsonl").read_text():  # past the first line of the log
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    stopped_at = weights_of(killed)[0]["step"]
-    assert 0 < stopped_at < 101
-    cbdm.main([*common, "--run-dir", str(killed)])
-    assert f"resumed at step {stopped_at}" in capsys.readouterr().out
-    assert same_weights(whole, killed)
-    assert log_of(whole) == log_of(killed)
+    done = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert done > 0 and done % 3 == 0
+    flags[flags.index("1000000")] = str(done + 1)
+    cbdm.main([*flags, "--run-dir", str(tmp_path / "run")])
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == done + 1
 
 
-def test_sigterm_saves_first(tmp_path):
-    common = [*TINY, "--save-every", "100000", "--steps", "60"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    cbdm.main([*common, "--run-dir", str(whole)])
-    process = start(*common, "--run-dir", stopped, cwd=tmp_path)
-    while "2478 images" not in process.stdout.readline():  # the line that says training begins
-        assert process.poll() is None
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
-    assert 0 < weights_of(stopped)[0]["step"] < 60
-    cbdm.main([*common, "--run-dir", str(stopped)])
-    assert same_weights(whole, stopped)
+def test_a_new_flag_of_a_fork_leaves_old_runs_resumable(tmp_path):
+    """A setting that the checkpoint does not know is not compared."""
+    state = tiny_run(tmp_path, "--steps", 2, "--lr-schedule", "constant")
+    del state["settings"]["gamma"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert tiny_run(tmp_path, "--steps", 3, "--lr-schedule", "constant")["step"] == 3
 
 
-def test_tau_zero_is_ddpm(tmp_path):
-    """The script with --tau 0 against a plain DDPM loop written here: the same weights after some steps."""
-    import datasets
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    """The keys of the first version: named, never misread, and left alone."""
+    state = tiny_run(tmp_path, "--steps", 2)
+    log = state.pop("log")
+    torch.save(state | {"sums": log["sums"], "logged": log["added"]}, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match="another version of this script"):
+        tiny_run(tmp_path, "--steps", 2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
-    run = [*TINY, "--tau", "0", "--steps", "5", "--amp", "off", "--device", "cpu", "--prediction", "eps",
-           "--noise-schedule", "linear"]
-    cbdm.main([*run, "--run-dir", str(tmp_path / "run")])
-    args = cbdm.parse_settings(run)
-    torch.manual_seed(args.seed)
-    model = cbdm.UNet(10, args.channels, args.multipliers, args.blocks, args.attention_level, args.dropout)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2))
-    batches = datasets.Batches(datasets.load("shapeslt", "data"), args.batch_size, flip=True, device="cpu", seed=args.seed)
-    for step in range(5):
-        x, y = next(batches)
-        t, eps = torch.randint(0, 1000, (len(y),)), torch.randn_like(x)
-        a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].view(-1, 1, 1, 1)
-        y[torch.rand(len(y)) < 0.1] = -1
-        loss = ((model(a.sqrt().float() * x + (1 - a).sqrt().float() * eps, t, y) - eps) ** 2).mean()
-        optimizer.param_groups[0]["lr"] = args.lr * step / args.warmup
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    trained = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
-    for name, weight in model.state_dict().items():
-        assert torch.allclose(trained[name], weight, atol=1e-6), name
+
+def test_a_folder_that_changed_since_is_refused(tmp_path):
+    folder = tmp_path / "pictures"
+    for c in range(3):
+        (folder / "train" / f"class{c}").mkdir(parents=True)
+        Image.fromarray(np.full((16, 16, 3), 40 * c, np.uint8)).save(folder / "train" / f"class{c}" / "0.png")
+    flags = ["--dataset", f"folder:{folder}", "--data-dir", tmp_path / "data", "--image-size", 16, "--blocks", 1, "--steps", 1]
+    tiny_run(tmp_path / "run", *flags)
+    (folder / "train" / "class3").mkdir()
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(folder / "train" / "class3" / "0.png")
+    with pytest.raises(InputError, match="other images than folder:"):
+        tiny_run(tmp_path / "run", *flags)
 
 
 def test_fine_tuning_across_class_counts(tmp_path):
@@ -549,11 +740,10 @@ def test_each_option_of_the_method_trains(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_whole_run_leaves_everything_it_promises(tmp_path, run_script, judge_dir):
-    small = [*TINY[:-4], "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2",
-             "--data-dir", str(judge_dir)]
-    done = run_script("cbdm.py", *small, "--run-dir", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_whole_run_leaves_everything_it_promises(tmp_path, judge_dir):
+    small = [*TINY, "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2", "--data-dir",
+             str(judge_dir), "--run-dir", str(tmp_path / "run")]
+    cbdm.main(small)
     run = tmp_path / "run"
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__ and config["parameters"] > 0
@@ -566,27 +756,33 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, run_script, judge_d
     assert json.loads((run / "metrics.json").read_text()) and (run / "per_class.csv").read_text()
     # a second look at the same run, with another sampler; the weights stay
     before = (run / "checkpoint.pt").read_bytes()
-    again = run_script("cbdm.py", *small, "--run-dir", "run", "--eval-only", "--guidance", "0", cwd=tmp_path)
-    assert again.returncode == 0 and (run / "checkpoint.pt").read_bytes() == before
+    cbdm.main([*small, "--eval-only", "--guidance", "0"])
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_missing_inception_weights_do_not_spoil_a_run(tmp_path, run_script):
-    """Samples are written, the message says what to copy where, and the status is 0."""
-    small = [*TINY[:-4], "--steps", "1", "--sample-every", "0", "--eval-images", "10", "--ddim-steps", "2"]
-    environment = {"TORCH_HOME": str(tmp_path / "hub"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    process = subprocess.run([sys.executable, ROOT / "cbdm.py", *small, "--features", "inception-fid", "--run-dir", "run"],
-                             cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+def test_missing_inception_weights_do_not_spoil_a_run(tmp_path, monkeypatch, capsys):
+    """Samples are written, and the message says what to copy where."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    tiny_run(tmp_path / "run", "--steps", 1, "--eval-images", 10, "--ddim-steps", 2, "--features", "inception-fid")
     assert (tmp_path / "run" / "samples.npz").exists()
-    assert "not scored" in process.stdout and "pt_inception-2015-12-05-6726825d.pth" in process.stdout
+    out = capsys.readouterr().out
+    assert "not scored" in out and "pt_inception-2015-12-05-6726825d.pth" in out
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
-    args = sampling_settings(guidance=0.0, ddim_steps=2)
-    model, labels = Counting(lively().float().eval()), torch.arange(12) % 5
-    monkeypatch.setitem(cbdm.SAMPLING_BATCH, "cpu", 4 * 8**2 / 32**2)  # 4 images of 8 x 8 at once
-    whole = cbdm.sample_all(tmp_path / "whole.npz", model, labels, args, False, 9)
-    monkeypatch.setattr(cbdm, "PART_SECONDS", 0)
+def evaluation(tmp_path, monkeypatch, **changes):
+    """sample_all's arguments, for 12 images in batches of 4."""
+    monkeypatch.setitem(cbdm.AT_ONCE, "cpu", 4 * 8**2 / 32**2)
+    args = sampling_settings(guidance=0.0, ddim_steps=2, run_dir=str(tmp_path), **changes)
+    return Counting(lively().float().eval()), torch.arange(12) % 5, args, False
+
+
+def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
+    model, *rest = evaluation(tmp_path / "whole", monkeypatch)
+    whole = cbdm.sample_all(model, *rest)
+    monkeypatch.setattr(cbdm, "SAVE_SECONDS", 0)
+    model, *rest = evaluation(tmp_path, monkeypatch)
     sampled, calls = cbdm.sample, []
 
     def interrupted(*a):
@@ -595,17 +791,35 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
         calls.append(1)
         return sampled(*a)
 
-    monkeypatch.setattr(cbdm, "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 9)
-    monkeypatch.setattr(cbdm, "sample", sampled)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cbdm, "sample", interrupted)
+        cbdm.sample_all(model, *rest)
     model.images = 0
-    again = cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 9)
+    again = cbdm.sample_all(model, *rest)
     assert torch.equal(whole, again) and model.images == 4 * 2 and not (tmp_path / "samples.part").exists()
-    model.images = 0  # and what is finished is not made again, unless something about it is other
-    assert torch.equal(cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 9), whole) and model.images == 0
-    assert not torch.equal(cbdm.sample_all(tmp_path / "samples.npz", model, labels, args, False, 10)[:0], whole)
-    assert model.images == 12 * 2
+
+
+def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, monkeypatch):
+    """Other settings, other weights or an edited script: they are made again; with --eval-only always."""
+    model, labels, args, amp = evaluation(tmp_path, monkeypatch)
+    first = cbdm.sample_all(model, labels, args, amp)
+
+    def made_again(args):
+        model.images = 0
+        images = cbdm.sample_all(model, labels, args, amp)
+        return model.images > 0, torch.equal(images, first)
+
+    assert made_again(args) == (False, True)
+    assert made_again(sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})) == (False, True)
+    assert made_again(sampling_settings(**vars(args) | {"eval_only": True})) == (True, True)
+    assert made_again(args)[0]  # the samples there are now those of --eval-only
+    assert made_again(sampling_settings(**vars(args) | {"gamma": 0.5}))[0]
+    made_again(args)
+    with torch.no_grad():
+        model.model.tail[2].bias += 1  # another training
+    assert made_again(args) == (True, False)
+    monkeypatch.setattr(cbdm, "__file__", str(ROOT / "cbgan.py"))  # as good as an edited sampler
+    assert made_again(args)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -613,12 +827,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--tau", "-1"], ["--gamma", "inf"],
-    ["--ema", "1"], ["--drop-rate", "2"], ["--channels", "42"],
-    ["--image-size", "17"], ["--ddim-steps", "1001"], ["--ddim-steps", "1"],
-
-    ["--save-every", "0"],
+    ["--ema", "1"], ["--drop-rate", "2"], ["--channels", "42"], ["--rho", "x"],
+    ["--image-size", "17"], ["--ddim-steps", "1001"], ["--ddim-steps", "1"], ["--save-every", "0"],
     ["--eval-images", "-1"], ["--rho", "0.5"], ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"],
-    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"],
+    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"], ["--scores", "fod"],
     ["--init-from", "nowhere.pt"], ["--attention-level", "2"], ["--features", "classifier:nowhere.pt"],
 ])
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
@@ -626,6 +838,7 @@ def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         cbdm.main([*TINY, *flags])
     assert "\n" not in str(error.value) and len(str(error.value)) > 10
+    assert flags[0].strip("-").split("-")[0] in str(error.value).replace("image size", "image-size") or len(flags) == 2
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
@@ -635,42 +848,25 @@ def test_errors_are_one_line_and_status_two(tmp_path, run_script):
 
 
 def test_another_configuration_in_the_directory(tmp_path):
-    run = [*TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
-    cbdm.main(run)
+    tiny_run(tmp_path / "run", "--steps", 2)
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(InputError, match="--tau 0.001 there, 0.5 now.*--seed 0 there, 4 now"):
-        cbdm.main([*run, "--tau", "0.5", "--seed", "4"])
+        tiny_run(tmp_path / "run", "--steps", 2, "--tau", "0.5", "--seed", "4")
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_damaged_checkpoint_is_kept_and_named(tmp_path):
-    run = [*TINY, "--steps", "2", "--run-dir", str(tmp_path / "run")]
-    cbdm.main(run)
-    file = tmp_path / "run" / "checkpoint.pt"
+    tiny_run(tmp_path, "--steps", 2)
+    file = tmp_path / "checkpoint.pt"
     damaged = file.read_bytes()[: file.stat().st_size // 2]
     file.write_bytes(damaged)
     with pytest.raises(InputError, match="checkpoint.pt is damaged"):
-        cbdm.main(run)
+        tiny_run(tmp_path, "--steps", 2)
     assert file.read_bytes() == damaged
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    run = [*TINY, "--save-every", "1", "--lr", "1e20", "--warmup", "3", "--steps", "50", "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(InputError, match="NaN|infinite"):
-        cbdm.main(run)
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        tiny_run(tmp_path, "--save-every", 1, "--lr", "1e20", "--warmup", 3, "--steps", 50)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < 50 and all(w.isfinite().all() for w in state["model"].values())
-
-
-def test_weights_averaged_in_the_run_are_the_average_of_the_weights(tmp_path):
-    """Two steps from the same seed: ema_2 = d^2 w_0 + d (1 - d) w_1 + (1 - d) w_2."""
-    common = [*TINY, "--ema", "0.5", "--warmup", "0", "--lr-schedule", "constant"]
-    states = []
-    for steps in ("1", "2"):
-        cbdm.main([*common, "--steps", steps, "--run-dir", str(tmp_path / steps)])
-        states.append(torch.load(tmp_path / steps / "checkpoint.pt", weights_only=True))
-    w_1, w_2 = states[0]["model"], states[1]["model"]
-    w_0 = {k: 2 * states[0]["ema"][k] - w_1[k] for k in w_1}
-    for k in w_1:
-        assert torch.allclose(states[1]["ema"][k], 0.25 * w_0[k] + 0.25 * w_1[k] + 0.5 * w_2[k], atol=1e-6)
-    assert copy.deepcopy(w_1).keys() == states[1]["ema"].keys()
