@@ -42,6 +42,7 @@ Deviations from CBGAN and from LDAM-DRW
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -198,7 +199,7 @@ def recipe_for(args, num_images, image_size):
 
 def complete(args, num_images, image_size):
     """Fills in what the command line left open, and the name of the run."""
-    args.image_size, changed = image_size, [] if args.amp == "auto" else [f"amp{args.amp}"]
+    args.image_size, changed = image_size, []
     for name, value in recipe_for(args, num_images, image_size).items():
         if name == "drw" and args.drw is None:
             value = args.loss == "focal"
@@ -225,6 +226,7 @@ def run_name(args, changed=()):
     parts += [args.split] if args.split != "train" else []
     parts += [f"labels{args.label_fraction:g}"] if args.label_fraction else []
     parts += ["soft"] if args.soft_labels else []
+    parts += [f"amp{args.amp}"] if args.amp != "auto" else []
     return "-".join([*parts, *changed, f"s{args.seed}"])
 
 
@@ -679,13 +681,14 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the other scripts import
 # ----------------------------------------------------------------------------------------------------------------------
-def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=None, rho=None, seed=0, device="cpu",
-                      soft_labels=False):
+def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=None, rho=None, seed=0,
+                      device="cpu", soft_labels=False, amp="auto"):
     """The network of the checkpoint at `path`; without a path, one trained for the purpose, with a progress bar.
 
     split       what that one learns from: "train", the (long-tailed) data that a GAN learns from too, or "reference",
                 balanced: a judge, the same for cifar10, cifar10lt and cifar10imb
     soft_labels whether to train it as Softlabel-GAN does: its probabilities are to be labels
+    amp         bfloat16 for this training: "auto" (where the hardware has it), "bf16" or "off"
     returns     a frozen eval-mode network: images (B, 3, H, W) in [-1, 1] -> logits (B, K); `.features(x)` (B, D);
                 `.info`: a dict with classes, image_size, test_accuracy, path ...
     raises      InputError, see `load_classifier`
@@ -705,7 +708,7 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
         if split == "reference":
             rho = None
         command = ["--dataset", dataset, "--data-dir", str(data_dir), "--split", split, "--image-size", str(size),
-                   "--seed", str(seed), "--device", str(device)]  # fmt: skip
+                   "--seed", str(seed), "--device", str(device), "--amp", amp]  # fmt: skip
         command += (["--rho", str(rho)] if rho is not None else []) + (["--soft-labels"] if soft_labels else [])
         args = parse_settings(command)
         path = Path("runs") / run_name(args) / "classifier.pt"  # where `train` puts it: nothing differs from the recipe
@@ -720,6 +723,88 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
             print(f"Training the classifier {path} first.", flush=True)
             train(args, path)
     return load_classifier(path, device, test_set.classes, size)
+
+
+# Softlabel-GAN, Table 1: least and most images that count for a class, of the data sets that have a name here.
+COUNTED_BY_PAPER = {"cifar10imb": (149, 2_232), "cifar100imb": (35, 176)}
+RIGHT_ENOUGH = 0.9  # CHOICE. The paper has 81.2 % (AnimeFace), 84.4 % (Tiny ImageNet), 99.9 % (flowers, cars)
+MASS_KEPT = 0.25  # CHOICE
+
+
+def images_that_count(y, threshold=0.01):
+    """(K,) int64: how many labels, rows of y (N, K), give each class more than 0.01 (Softlabel-GAN, Table 1)."""
+    return (y.double() > threshold).sum(0)
+
+
+def labels_by_classifier(args, train, run_dir, device):
+    """p (N, K) float32: the classifier's probabilities of the training images, neither flipped nor cropped.
+
+    args    dataset, data_dir, image_size, rho, amp; classifier: a path, or None for one that is trained first
+    train   the ImageSet to label
+    run_dir keeps p as soft_labels.npz, where later calls find it; without args.classifier they need no other file
+    raises  InputError where that file is damaged, or labels other images, or is by another classifier
+    """
+    path = Path(run_dir) / "soft_labels.npz"
+    stored = read_soft_labels(path, train) if path.exists() else None
+    if stored and args.classifier is None:
+        report_labels(stored["probabilities"], train, args.dataset, f"labels of {path}: right on")
+        return stored["probabilities"]
+
+    C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size, args.rho,
+                          device=device, soft_labels=True, amp=args.amp)
+    sha = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest()
+    if stored and stored["classifier"] != sha:
+        fail(f"{run_dir} has the labels of another classifier than {C.info['path']}; choose another --run-dir")
+    p = stored["probabilities"] if stored else outputs(C, train.images, device).softmax(1)
+    if not stored:
+        with atomic_write(path) as file:
+            np.savez(file, probabilities=p.numpy(), training_data=train.fingerprint, classifier=sha)
+
+    known = "test" if C.info["tested_on_unseen_images"] else "its own training"
+    report_labels(p, train, args.dataset, f"labels by {C.info['path']}: right on "
+                  f"{C.info['test_accuracy']['all']:.1%} of {known} images and")
+    if C.info["settings"].get("training_data") != train.fingerprint:  # the supplement's Fig. 5 does so on purpose
+        warn(f"the classifier has learnt from other images than {args.dataset}'s")
+    return p
+
+
+def read_soft_labels(path, train):
+    """What `labels_by_classifier` wrote for the images of `train`: probabilities (N, K), training_data, classifier."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: file[name] for name in ("probabilities", "training_data", "classifier")}
+    except Exception as error:  # zip, zlib and NumPy have their own
+        raise InputError(f"{path} is damaged ({error}); delete it, and the labels are computed again") from error
+    if stored["training_data"] != train.fingerprint:
+        fail(f"{path} labels other images than there are now; choose another --run-dir")
+    p = stored["probabilities"]
+    if p.shape != (len(train.labels), len(train.classes)) or not np.allclose(p.sum(1), 1, atol=1e-3):
+        fail(f"{path} is damaged (no probabilities); delete it, and the labels are computed again")
+    return stored | {"probabilities": torch.from_numpy(p)}
+
+
+def report_labels(p, train, dataset, source):
+    """Prints what the labels p (N, K) of `train` are like beside Softlabel-GAN's, and warns where they are unlike."""
+    counted, right = images_that_count(p), (p.argmax(1) == train.labels).double().mean().item()
+    paper = COUNTED_BY_PAPER.get(dataset)
+    print(f"{source} {right:.1%} of the labelled images", flush=True)
+    print(f"images that count for a class: {counted.min()} to {counted.max()}"
+          + (f" (the paper's: {paper[0]:,} to {paper[1]:,})" if paper else "")
+          + f"; its own images: {train.counts.min()} to {train.counts.max()}", flush=True)
+
+    if right < RIGHT_ENOUGH:
+        warn(f"the classifier recognises only {right:.1%} of the images that it labels, Softlabel-GAN's up to 99.9 %: "
+             "these labels are another regime; classifier.py says how to come near it (--init-from, --hold-out 0)")
+    warn_of_collapse(describe_labels(p, train.labels), len(train.classes))
+    lost = [name for name, mass, n_k in zip(train.classes, p.sum(0), train.counts, strict=True)
+            if mass < MASS_KEPT * n_k]
+    if lost:
+        warn(f"the classifier gives {', '.join(lost)} less than a quarter of the probability that one-hot labels "
+             "would: the discriminator hears little of them")
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def build_soft_classifier(dataset, num_classes, image_size, device="cpu"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 from pathlib import Path
 
@@ -662,6 +663,90 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, monkeypatch, capsys):
     before = (tmp_path / "log.jsonl").read_text()
     classifier.main(run)
     assert (tmp_path / "log.jsonl").read_text() == before and "kept the weights of epoch 2" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def labelled(whole, tmp_path_factory):
+    """labels_by_classifier's arguments for the training images of `whole`: the namespace and the images."""
+    args = types.SimpleNamespace(dataset="shapeslt", data_dir="data", classifier=str(whole / "classifier.pt"),
+                                 image_size=8, rho=100, amp="off")
+    return args, datasets.load("shapeslt", "data", "train", 8, 100)
+
+
+def test_images_that_count_for_a_class():
+    y = torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97], [0.5, 0.5, 0.0]])
+    assert classifier.images_that_count(y).tolist() == [3, 2, 1]
+    assert classifier.images_that_count(y, 0.3).tolist() == [2, 1, 1]
+
+
+def test_labels_are_computed_once_and_kept(labelled, tmp_path, monkeypatch, capsys):
+    args, train_set = labelled
+    p = classifier.labels_by_classifier(args, train_set, tmp_path, "cpu")
+    network = load_classifier(args.classifier)
+    with torch.no_grad():  # of clean images
+        assert torch.allclose(p[::50], network(train_set.images[::50] / 127.5 - 1).softmax(1), atol=1e-5)
+    assert p.dtype == torch.float32 and p.shape == (len(train_set.labels), 10)
+    right, counted = (p.argmax(1) == train_set.labels).double().mean().item(), (p.numpy() > 0.01).sum(0)
+    out = capsys.readouterr().out
+    assert f"{network.info['test_accuracy']['all']:.1%} of test images and {right:.1%} of the labelled" in out
+    assert f"for a class: {counted.min()} to {counted.max()}; its own images: 10 to 1000" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "outputs", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(classifier.labels_by_classifier(args, train_set, tmp_path, "cpu"), p)
+        without = types.SimpleNamespace(**vars(args) | {"classifier": None})
+        patch.setattr(classifier, "frozen_classifier", lambda *_, **__: pytest.fail("asked again"))
+        assert torch.equal(classifier.labels_by_classifier(without, train_set, tmp_path, "cpu"), p)
+    other = torch.load(args.classifier, weights_only=True)
+    other["weights"]["conv.weight"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="labels of another classifier"):
+        with_other = types.SimpleNamespace(**vars(args) | {"classifier": str(tmp_path / "other.pt")})
+        classifier.labels_by_classifier(with_other, train_set, tmp_path, "cpu")
+    fewer = ImageSet(train_set.images[1:], train_set.labels[1:], train_set.classes)
+    with pytest.raises(InputError, match="soft_labels.npz labels other images"):
+        classifier.labels_by_classifier(args, fewer, tmp_path, "cpu")
+    (tmp_path / "soft_labels.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="soft_labels.npz is damaged"):
+        classifier.labels_by_classifier(args, train_set, tmp_path, "cpu")
+
+
+def test_labels_unlike_the_papers_are_warned_of(capsys):
+    """Right on 90 % or not, collapsed or not, a class without its probability; the paper's counts where it has them."""
+    labels = torch.arange(10).repeat_interleave(10)
+    train_set = ImageSet(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels, list("abcdefghij"))
+    y, neighbour = torch.eye(10)[labels], torch.eye(10)[(labels + 1) % 10]
+    good = 0.8 * y + 0.2 * neighbour
+    wrong, without_c = good.clone(), good.clone()
+    wrong[5::9] = good[5::9].roll(1, 1)  # 11 of the 100
+    without_c[labels == 2] = neighbour[labels == 2]  # exactly 90 % are right
+    for p, said in ((good, None), (wrong, "only 89.0%"), (0.9 * y + 0.01, "plain smoothing"),
+                    (without_c, "gives c less than a quarter")):
+        classifier.report_labels(p, train_set, "cifar10imb", "labels by c.pt: right on")
+        out, err = capsys.readouterr()
+        assert (err.count("warning") == 1 and said in err) if said else err == ""
+        assert "(the paper's: 149 to 2,232); its own images: 10 to 10" in out
+    classifier.report_labels(good, train_set, "cifar10imb-90", "labels")
+    assert "paper" not in capsys.readouterr().out
+
+
+def test_whether_bfloat16_is_used_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def stand_in(args, path):
+        seen.append(args.amp)
+        classifier.complete(args, 100, 8)
+        assert path == Path(args.run_dir) / "classifier.pt"
+        network = ResNet32(10, **HALF)
+        save_classifier(path, network, "shapeslt", "train", train_set.classes, 8, SETTINGS, {"all": 0.5})
+
+    train_set = datasets.load("shapeslt", "data", "train", 8, 10)
+    monkeypatch.setattr(classifier, "train", stand_in)
+    for amp in ("auto", "off"):
+        frozen_classifier("shapeslt", tmp_path, image_size=8, soft_labels=True, amp=amp)
+    args = types.SimpleNamespace(dataset="shapeslt", data_dir="data", classifier=None, image_size=8, rho=10, amp="off")
+    classifier.labels_by_classifier(args, train_set, tmp_path / "run", "cpu")
+    assert seen == ["auto", "off", "off"]
 
 
 def test_what_soft_labels_are_trained_with():

@@ -1,9 +1,11 @@
-"""softlabel_gan.py: each equation against a value found another way, DiffAugment, the networks, resume, errors, whole runs."""
+"""softlabel_gan.py: each equation against a value found another way, DiffAugment, the networks, the loop, whole runs."""
 
 import csv
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import types
 
@@ -12,7 +14,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import log_of, same_state, state_of
+from conftest import ROOT, log_of, same_state, state_of
 from PIL import Image
 
 import classifier
@@ -22,17 +24,20 @@ from datasets import Batches, ImageSet, InputError
 from softlabel_gan import (
     Discriminator,
     Generator,
-    borrowed,
     diffaugment,
+    images_that_count,
     label_augmentation,
     online_label_smoothing,
     smooth_labels,
 )
 
+DRAWN_ONCE = functools.cache(datasets.draw_shapes)
+
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(datasets, "draw_shapes", DRAWN_ONCE)
 
 
 def one_hot(labels, K):
@@ -120,8 +125,8 @@ def test_images_that_count_for_a_class():
         labels = torch.randint(K, (500,))
         n_c = torch.bincount(labels, minlength=K)
         for how in ("onehot", "smooth"):
-            assert torch.equal(borrowed(label_augmentation(how, labels, K, alpha=0.1)), n_c), (K, how)
-    assert borrowed(torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97]])).tolist() == [2, 1, 1]
+            assert torch.equal(images_that_count(label_augmentation(how, labels, K, alpha=0.1)), n_c), (K, how)
+    assert images_that_count(torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97]])).tolist() == [2, 1, 1]
 
 
 # --------------------------------------------------------------------------------------------------------- DiffAugment
@@ -177,6 +182,12 @@ def test_cutout():
     rows, columns = (out == 0).any(2).sum(1), (out == 0).any(1).sum(1)
     assert torch.equal((rows * columns).double() / 1024, share)  # rectangles
     assert len({tuple(o.flatten().tolist()) for o in out[:20]}) > 15  # each image its own
+    # The centre is anywhere from 0 to 32, each place equally often: a hole of full height begins at -8 .. 24.
+    for holes in ((out == 0).any(2), (out == 0).any(1)):
+        first, last = holes.int().argmax(1), 31 - holes.flip(1).int().argmax(1)
+        start = torch.where(first > 0, first, last - 15)
+        number = torch.bincount(start + 8, minlength=33)
+        assert len(number) == 33 and scipy.stats.chisquare(number.numpy()).pvalue > 0.001
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -335,76 +346,307 @@ def test_batches_yield_targets_in_the_place_of_labels():
     assert torch.allclose((x[:, 0, 0, 0] + 1) * 127.5, y[:, 2]) and y.shape == (7, 4)
 
 
-def test_minimum_class_of_figure_5():
-    bins = {65: (1720, 3208), 90: None, 120: None}
-    for smallest in bins:
-        counts = datasets.softlabel_gan_counts(10, smallest)
-        assert counts.min() == smallest
-        assert counts.argmin() == 6 and counts.argmax() == 5  # frog, dog
-    assert softlabel_gan.parse_settings(["--minimum-class", "90"]).dataset == "cifar10imb-90"
-    assert softlabel_gan.parse_settings(["--minimum-class", "65"]).dataset == "cifar10imb"
-    assert classifier.balanced("cifar10imb-90") == "cifar10"
+@pytest.mark.parametrize("name, smallest, total", [("cifar10imb", 65, 5000), ("cifar10imb-90", 90, 6900),
+                                                   ("cifar10imb-120", 120, 9150)])
+def test_smallest_classes_of_figure_5(name, smallest, total):
+    """A's recipe: a log-normal distribution (shape 3) cut into ten bins from 0 to 3; frog is smallest, dog largest."""
+    bins = np.floor(total * np.diff(scipy.stats.lognorm.cdf(np.linspace(0, 3, 11), 3)))
+    counts = datasets.softlabel_gan_counts(10, smallest)
+    assert sorted(counts.tolist(), reverse=True) == bins.tolist() and counts.min() == smallest
+    assert counts.argmin() == 6 and counts.argmax() == 5
+    assert softlabel_gan.parse_settings(["--dataset", name]).run_dir == f"runs/softlabel_gan-{name}-s0"
+    assert classifier.balanced(name) == "cifar10"
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in float64: then rounding is far below Adam's eps, and two ways to a step agree whatever the threads."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def augment_one_by_one(x, policy):
+    """DiffAugment, an image at a time. The numbers are drawn for all images first, in this order."""
+    B, R = len(x), x.shape[-1]
+    if "color" in policy:
+        brightness, saturation, contrast = torch.rand(B) - 0.5, 2 * torch.rand(B), torch.rand(B) + 0.5
+    if "translation" in policy:
+        up, to_the_left = torch.randint(2 * R // 8 + 1, (2, B)) - R // 8
+    if "cutout" in policy:
+        centre = torch.randint(R + 1, (2, B))
+    images = []
+    for b, image in enumerate(x):
+        if "color" in policy:
+            image = image + brightness[b]
+            grey = image.sum(0) / 3
+            image = saturation[b] * image + (1 - saturation[b]) * grey
+            image = contrast[b] * image + (1 - contrast[b]) * image.mean()
+        if "translation" in policy:
+            for dim, by in ((1, -int(up[b])), (2, -int(to_the_left[b]))):
+                came_from = torch.arange(R) - by
+                outside = (came_from < 0) | (came_from >= R)
+                image = torch.roll(image, by, dim).index_fill(dim, outside.nonzero()[:, 0], 0)
+        if "cutout" in policy:
+            (top, left), hole = (max(0, int(c) - R // 4) for c in centre[:, b]), torch.zeros(R, R)
+            bottom, right = (int(c) + R // 4 for c in centre[:, b])
+            hole[top:bottom, left:right] = 1
+            image = image - image * hole
+        images.append(image)
+    return torch.stack(images)
+
+
+def linear_classifier(dataset, num_classes, image_size, device):
+    """In the place of the ResNet of co-training."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, num_classes))
+    return network, torch.optim.SGD(network.parameters(), 0.1, 0.9)
+
+
+LOOPS = {  # what differs between the kinds of labels; the last two columns are flags
+    "soft": ("color,translation,cutout", 0.0, True),
+    "onehot": ("translation,cutout", 0.7, True),
+    "smooth": ("color", 0.0, False),
+    "ols": ("color,translation", 0.0, True),
+    "mixup": ("color,translation,cutout", 0.0, True),
+    "cotrain": ("cutout", 0.0, True),
+}
+LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6", "--d-steps", "2", "--steps", "4", "--ema", "0.7",
+              "--ema-start", "2", "--lr", "0.002", "--lr-d", "0.005", "--seed", "5", "--sample-every", "0",
+              "--eval-images", "0", "--amp", "off", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", LOOPS)
+def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
+    """Four steps of main() against the same steps written here, from the same random numbers: labels image by image, Eqs 2
+    and 3, plain autograd and Adam, the average from step 2 on. Only the networks are the script's."""
+    policy, oversample, flip = LOOPS[how]
+    B, K, smoothing = 6, 10, 0.3
+    train = datasets.load("shapeslt", "data", "train", 16, 26.5)
+    p = (torch.randn(len(train.labels), K) + one_hot(train.labels, K)).softmax(1)  # right on some, not on all
+    monkeypatch.setattr(softlabel_gan, "labels_by_classifier", lambda *_: p)
+    monkeypatch.setattr(softlabel_gan, "build_soft_classifier", linear_classifier)
+    flags = [*LOOP_FLAGS, "--labels", how, "--diffaug", policy, "--oversample", str(oversample)]
+    flags += ["--flip" if flip else "--no-flip"] + (["--smoothing", str(smoothing)] if how == "smooth" else [])
+    softlabel_gan.main(["--dataset", "shapeslt", *flags, "--run-dir", str(tmp_path)])
+
+    torch.manual_seed(5)
+    G, D = Generator(16, 2, K), Discriminator(16, 3, K)
+    averaged = {name: w.clone() for name, w in G.state_dict().items()}
+    C, optimizer_C = linear_classifier("", K, 16, "cpu") if how == "cotrain" else (None, None)
+    optimizer_G = torch.optim.Adam(G.parameters(), lr=0.002, betas=(0.0, 0.999), eps=1e-8)
+    optimizer_D = torch.optim.Adam(D.parameters(), lr=0.005, betas=(0.0, 0.999), eps=1e-8)
+    numbers = torch.arange(len(train.labels))
+    batches = Batches(train, 2 * B, oversample or "data", flip=flip, seed=5, targets=numbers)
+
+    def told(n):
+        """(K,): what D is told of training image n."""
+        own = train.labels[n]
+        if how == "soft":
+            return p[n]
+        if how == "ols":
+            seen = [p[m] for m in numbers[train.labels == own] if p[m].argmax() == own]
+            return torch.stack(seen).mean(0)
+        alpha = smoothing if how == "smooth" else 0
+        return torch.tensor([(1 - alpha) * (k == own) + alpha / K for k in range(K)])
+
+    def fake_inputs():
+        z, classes = torch.randn(B, 128), torch.randint(K, (B,))
+        return z, torch.eye(K)[classes]
+
+    rows = []
+    for step in range(4):
+        x_all, which = next(batches)
+        y_all = torch.stack([told(n) for n in which])
+        if how == "mixup":
+            lam = torch.distributions.Beta(0.2, 0.2).sample()
+            partner = torch.randperm(2 * B)
+            x_all = torch.stack([lam * x_all[i] + (1 - lam) * x_all[partner[i]] for i in range(2 * B)])
+            y_all = torch.stack([lam * y_all[i] + (1 - lam) * y_all[partner[i]] for i in range(2 * B)])
+        L_C = torch.zeros(())
+        for k in range(2):
+            x_r, y_r = x_all[k * B : k * B + B], y_all[k * B : k * B + B]
+            if how == "cotrain":
+                q = C(x_r).softmax(1)
+                entropy = -(q * q.log()).sum(1)
+                L_C = (-(q * y_r).sum(1).log() - 0.3 * entropy).mean()
+                optimizer_C.zero_grad()
+                L_C.backward()
+                optimizer_C.step()
+                y_r = q.detach()
+            z, y_f = fake_inputs()
+            x_f = G(z, y_f).detach()
+            both = augment_one_by_one(torch.cat([x_r, x_f]), policy)
+            scores = D(both, torch.cat([y_r, y_f]))  # one pass: one step of spectral norm's power method
+            L_D = sum((1 - s).clamp(min=0) for s in scores[:B]) / B + sum((1 + s).clamp(min=0) for s in scores[B:]) / B
+            optimizer_D.zero_grad()
+            L_D.backward()
+            optimizer_D.step()
+        z, y_f = fake_inputs()
+        L_G = -D(augment_one_by_one(G(z, y_f), policy), y_f).mean()
+        optimizer_G.zero_grad()
+        L_G.backward()
+        optimizer_G.step()
+        rows.append([L_D.item(), L_G.item(), L_C.item(), scores[:B].mean().item(), scores[B:].mean().item()])
+        for name, w in G.state_dict().items():
+            moves = w.is_floating_point() and not name.endswith(("._u", "._v")) and step >= 2
+            averaged[name] = 0.7 * averaged[name] + 0.3 * w if moves else w.clone()
+
+    found = state_of(tmp_path)
+    expected = {"G": G.state_dict(), "D": D.state_dict(), "ema": averaged} | ({"C": C.state_dict()} if C else {})
+    for part, tensors in expected.items():
+        assert tensors.keys() == found[part].keys()
+        for name, w in tensors.items():
+            message = functools.partial("{}.{}: {}".format, part, name)
+            torch.testing.assert_close(found[part][name], w, rtol=1e-7, atol=1e-9, msg=message)
+    row = log_of(tmp_path)[-1]
+    means = dict(zip(("L_D", "L_G", "L_C", "D_real", "D_fake"), np.mean(rows, 0), strict=True))
+    assert {k: row[k] for k in means} == pytest.approx(means) and row["images"] == 4 * 2 * B
+    # The hinge has bitten, on real images or fakes, or the loss would be 2 - D_real + D_fake.
+    assert any(abs(r[0] - (2 - r[3] + r[4])) > 1e-3 for r in rows) or how in ("smooth", "cotrain")
+    assert (averaged["first.bias"] - G.first.bias).abs().max() > 1e-4
+
+
+# -------------------------------------------------------------------------------------------- TRY: places to experiment
+
+
+def edited(*changes):
+    """The script as a module in which some passages, (old, new), are replaced: what a reader tries at a TRY."""
+    source = (ROOT / "softlabel_gan.py").read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, f"{source.count(old)} times {old!r}"
+        source = source.replace(old, new)
+    module = types.ModuleType("softlabel_gan_edited")
+    exec(compile(source, "softlabel_gan.py", "exec"), module.__dict__)
+    return module
+
+
+def test_try_classes_that_lend_each_other_half_as_much():
+    other = edited(("y = p  # y_hat = C(x). TRY: (y + p) / 2", "y = (y + p) / 2  # was p"))
+    labels, p = torch.randint(4, (50,)), torch.randn(50, 4).double().softmax(1)
+    half = other.label_augmentation("soft", labels, 4, p)
+    lent = label_augmentation("soft", labels, 4, p).masked_fill(one_hot(labels, 4).bool(), 0).sum()
+    assert half.masked_fill(one_hot(labels, 4).bool(), 0).sum().item() == pytest.approx(lent.item() / 2, rel=1e-5)
+    assert torch.allclose(half.sum(1), torch.ones(50))
+
+
+def test_try_a_loss_without_a_margin():
+    """ln 2 each at a score of 0, as in Goodfellow et al. 2014; beyond the margin there is a gradient still."""
+    other = edited(("return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()",
+                    "return F.softplus(-D_real).mean() + F.softplus(D_fake).mean()"))
+    assert "# TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean()" in (ROOT / "softlabel_gan.py").read_text()
+    zero = torch.zeros(2)
+    assert other.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    for module, still_moves in ((other, True), (softlabel_gan, False)):
+        D_real, D_fake = (torch.full((2,), s, requires_grad=True) for s in (3.0, -3.0))
+        module.discriminator_loss(D_real, D_fake).backward()
+        assert (D_real.grad < 0).all() == (D_fake.grad > 0).all() == still_moves
+
+
+def test_try_less_noise_for_samples_more_alike():
+    other = edited(("return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * :",
+                    "return 0.5 * torch.randn(n, d_z, generator=generator)  # was 1:"))
+    G, y = Generator(16, 8, 3).eval(), one_hot([1] * 100, 3)
+    spread = [G(m.latents(100, 128, 0, 0), y).std(0).mean().item() for m in (softlabel_gan, other)]
+    assert spread[1] < 0.75 * spread[0]
+
+
+def test_try_samples_of_the_last_step(tmp_path):
+    line = "average.update(args.ema if done > args.ema_start else 0)"
+    assert "# TRY: update(0)" in (ROOT / "softlabel_gan.py").read_text()
+    run = [*TINY, "--labels", "onehot", "--ema-start", "0", "--run-dir"]
+    softlabel_gan.main([*run, str(tmp_path / "a")])
+    edited((line, "average.update(0)")).main([*run, str(tmp_path / "b")])
+    averaged, copied = state_of(tmp_path / "a"), state_of(tmp_path / "b")
+    assert all(torch.equal(copied["ema"][k], w) for k, w in copied["G"].items())
+    assert all(torch.equal(copied["G"][k], w) for k, w in averaged["G"].items())  # training is the same
+    assert not torch.equal(averaged["ema"]["first.bias"], averaged["G"]["first.bias"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def judge(judges):
+TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
+        "--steps", "3", "--sample-every", "0", "--eval-images", "0", "--device", "cpu"]  # fmt: skip
+AUGMENTED = ["--diffaug", "color,translation,cutout"]
+
+
+@pytest.fixture(scope="module")
+def annotator(judges):
     """A classifier of an epoch, which labels and scores."""
     return judges.loop
 
 
-TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
-        "--steps", "3", "--sample-every", "0", "--eval-images", "0"]  # fmt: skip
-AUGMENTED = ["--diffaug", "color,translation,cutout"]
+@pytest.fixture(scope="module")
+def labelled(annotator, tmp_path_factory):
+    """labelled(run_dir): the flags for a run with soft labels, which are there already. Labelling takes a second."""
+    first = tmp_path_factory.mktemp("labelled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "draw_shapes", DRAWN_ONCE)
+        softlabel_gan.main([*TINY, "--classifier", annotator, "--steps", "1", "--run-dir", str(first)])
+
+    def flags(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(first / "soft_labels.npz", run_dir)
+        return ["--classifier", annotator, "--run-dir", str(run_dir)]
+
+    return flags
 
 
 @pytest.mark.parametrize("flags", [
-    "--labels onehot", "--labels soft", "--labels smooth --smoothing 0.2", "--labels ols", "--labels mixup", "--labels cotrain",
-    "--labels onehot --oversample 1", "--labels soft --oversample 0.5",
-    "--labels onehot --diffaug translation,cutout --d-steps 4",
-    "--labels smooth --no-flip --amp off",
+    "--labels onehot", "--labels soft", "--labels smooth --smoothing 0.2", "--labels ols", "--labels mixup",
+    "--labels cotrain", "--labels onehot --oversample 1", "--labels soft --oversample 0.5",
+    "--labels onehot --diffaug translation,cutout --d-steps 4", "--labels smooth --no-flip --amp off",
 ])  # fmt: skip
-def test_each_kind_of_labels_trains(flags, judge, tmp_path):
+def test_each_kind_of_labels_trains(flags, labelled, tmp_path):
     flags = flags.split()
-    flags += ["--classifier", judge] if {"soft", "ols"} & set(flags) else []
-    softlabel_gan.main([*TINY, *AUGMENTED, "--sample-every", "3", *flags, "--run-dir", str(tmp_path)])
+    where = labelled(tmp_path) if {"soft", "ols"} & set(flags) else ["--run-dir", str(tmp_path)]
+    softlabel_gan.main([*TINY, *AUGMENTED, "--sample-every", "3", *flags, *where])
     row = log_of(tmp_path)[-1]
     assert all(math.isfinite(row[k]) for k in softlabel_gan.LOSSES) and (row["L_C"] != 0) == ("cotrain" in flags)
     assert row["images"] == 3 * 8 * (4 if "--d-steps" in flags else 1)
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
-@pytest.mark.parametrize("flags", ["--labels soft", "--labels mixup", "--labels cotrain"])
-def test_a_stopped_run_continues_bit_for_bit(flags, judge, tmp_path, monkeypatch):
-    common = [*TINY, *AUGMENTED, *flags.split(), "--steps", "24", "--d-steps", "2", "--ema-start", "5"]
-    common += ["--classifier", judge] if "soft" in flags else []
-    whole, stopped, calls, loss = tmp_path / "whole", tmp_path / "stopped", [], softlabel_gan.generator_loss
-    softlabel_gan.main([*common, "--run-dir", str(whole)])
+@pytest.mark.parametrize("labels", ["soft", "mixup", "cotrain"])
+def test_a_stopped_run_continues_bit_for_bit(labels, labelled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "LOG_EVERY", 4)
+    common = [*TINY, *AUGMENTED, "--labels", labels, "--steps", "11", "--d-steps", "2", "--ema-start", "3"]
+    runs = {name: tmp_path / name for name in ("whole", "stopped")}
+    for name, run_dir in runs.items():
+        where = labelled(run_dir) if labels == "soft" else ["--run-dir", str(run_dir)]
+        runs[name] = [*common, *where]
+    softlabel_gan.main(runs["whole"])
+    calls, loss = [], softlabel_gan.generator_loss
 
     def terminate(scores):
         calls.append(1)
-        if len(calls) == 13:
+        if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(scores)
 
     monkeypatch.setattr(softlabel_gan, "generator_loss", terminate)
     with pytest.raises(SystemExit) as caught:
-        softlabel_gan.main([*common, "--run-dir", str(stopped)])
-    assert caught.value.code == 128 + signal.SIGTERM and state_of(stopped)["step"] == 13
-    softlabel_gan.main([*common, "--run-dir", str(stopped)])
-    assert len(calls) == 24 and same_state(whole, stopped) and log_of(whole) == log_of(stopped)
+        softlabel_gan.main(runs["stopped"])
+    assert caught.value.code == 128 + signal.SIGTERM and state_of(tmp_path / "stopped")["step"] == 6
+    softlabel_gan.main(runs["stopped"])
+    assert "resumed at step 6" in capsys.readouterr().out
+    assert len(calls) == 11 and same_state(tmp_path / "whole", tmp_path / "stopped")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "stopped")
+    assert [row["step"] for row in log_of(tmp_path / "stopped")] == [4, 8, 11]
 
 
-def test_soft_labels_reach_only_real_images_and_fakes_are_uniform(judge, tmp_path, monkeypatch):
+def test_soft_labels_reach_only_real_images_and_fakes_are_uniform(annotator, labelled, tmp_path, monkeypatch):
     """What each network is told: G and the fakes one-hot labels, each class as often; the real images the classifier's."""
     told = types.SimpleNamespace(G=[], D=[])
     for kind in (Generator, Discriminator):
         name, forward = kind.__name__[0], kind.forward
         monkeypatch.setattr(kind, "forward", lambda self, x, y, name=name, forward=forward: (
             getattr(told, name).append(y.clone()) if self.training else None, forward(self, x, y))[1])
-    softlabel_gan.main([*TINY, "--classifier", judge, "--batch-size", "100", "--steps", "20", "--run-dir", str(tmp_path)])
+    softlabel_gan.main([*TINY, *labelled(tmp_path), "--batch-size", "100", "--steps", "20"])
     real = torch.cat([y[:100] for y in told.D if len(y) == 200])
     fake = torch.cat([y[100:] if len(y) == 200 else y for y in told.D])
     assert len(told.D) == len(told.G) == 40 and len(real) == 2000 and len(fake) == 4000
@@ -415,69 +657,85 @@ def test_soft_labels_reach_only_real_images_and_fakes_are_uniform(judge, tmp_pat
     known = {tuple(row) for row in stored.tolist()}
     assert all(tuple(row) in known for row in real.tolist()) and (real.amax(1) < 0.999).any()
     train = datasets.load("shapeslt", "data")
-    C = classifier.load_classifier(judge)
+    C = classifier.load_classifier(annotator)
     p = C(train.images[::100] / 127.5 - 1).softmax(1)  # of clean images: neither mirrored nor augmented
     assert torch.allclose(stored[::100], p, atol=1e-5)
 
 
-def test_labels_are_computed_once_and_kept(judge, tmp_path, monkeypatch, capsys):
-    run = [*TINY, "--classifier", judge, "--run-dir", str(tmp_path / "run")]
+def test_labels_are_computed_once_and_kept(annotator, labelled, tmp_path, monkeypatch):
+    run, here = [*TINY, *labelled(tmp_path)], ["--run-dir", str(tmp_path)]
     softlabel_gan.main(run)
-    summary = json.loads((tmp_path / "run" / "config.json").read_text())["labels"]
-    stored = np.load(tmp_path / "run" / "soft_labels.npz", allow_pickle=False)["probabilities"].astype(np.float64)
-    assert list(summary["images_that_count"].values()) == (stored > 0.01).sum(0).tolist()
-    assert summary["max_probability"] == pytest.approx(stored.max(1).mean(), abs=1e-6)
-    assert summary["entropy"] == pytest.approx(scipy.stats.entropy(stored, axis=1).mean(), abs=1e-5)
-    # without the classifier the run goes on; with another it does not
-    monkeypatch.setattr(softlabel_gan, "frozen_classifier", lambda *_, **__: pytest.fail("asked again"))
-    softlabel_gan.main([*TINY, "--steps", "4", "--run-dir", str(tmp_path / "run")])
-    assert state_of(tmp_path / "run")["step"] == 4
-    monkeypatch.undo()
-    other = torch.load(judge, weights_only=True)
+    counted = json.loads((tmp_path / "config.json").read_text())["images_that_count"]
+    stored = np.load(tmp_path / "soft_labels.npz", allow_pickle=False)["probabilities"].astype(np.float64)
+    assert list(counted.values()) == (stored > 0.01).sum(0).tolist() and list(counted)[0] == "disc"
+    # without the classifier the run resumes; with another it does not
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "frozen_classifier", lambda *_, **__: pytest.fail("asked again"))
+        softlabel_gan.main([*TINY, "--steps", "4", *here])
+    assert state_of(tmp_path)["step"] == 4
+    other = torch.load(annotator, weights_only=True)
     other["weights"]["conv.weight"] += 1
     torch.save(other, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="labels of another classifier"):
+    with pytest.raises(InputError, match="another classifier"):
         softlabel_gan.main([*run, "--classifier", str(tmp_path / "other.pt"), "--steps", "5"])
-    (tmp_path / "run" / "soft_labels.npz").unlink()
+    (tmp_path / "soft_labels.npz").unlink()
     with pytest.raises(InputError, match="other labels"):
         softlabel_gan.main([*run, "--classifier", str(tmp_path / "other.pt"), "--steps", "5"])
-    (tmp_path / "run" / "soft_labels.npz").write_bytes(b"PK")
+    (tmp_path / "soft_labels.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match="soft_labels.npz is damaged"):
         softlabel_gan.main([*run, "--steps", "5"])
+    assert state_of(tmp_path)["step"] == 4
 
 
-def test_a_whole_run_leaves_everything_it_promises(judge, tmp_path, run_script, monkeypatch):
-    small = [*TINY, "--classifier", judge, "--steps", "4", "--sample-every", "2", "--eval-images", "65",
-             "--features", f"classifier:{judge}", "--run-dir", "run"]
-    done = run_script("softlabel_gan.py", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "run"
-    config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__ and len(config["parameters"]) == 2
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["borrowed.png", "step-0000002.png", "step-0000004.png"]
-    with Image.open(run / "samples" / "step-0000004.png") as grid:
+def test_a_whole_run_leaves_everything_it_promises(annotator, labelled, tmp_path, monkeypatch):
+    shown, write_grid = {}, datasets.write_grid
+    monkeypatch.setattr(datasets, "write_grid", lambda path, x: (shown.update({path.name: x}), write_grid(path, x)))
+    small = [*TINY, *labelled(tmp_path), "--steps", "4", "--sample-every", "2", "--eval-images", "65", "--ema-start", "0",
+             "--features", f"classifier:{annotator}", "--amp", "off"]
+    softlabel_gan.main(small)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__
+    assert config["parameters"] == [count(Generator(16, 2, 10)), count(Discriminator(16, 2, 10))]
+    pictures = ["borrowed.png", "step-0000002.png", "step-0000004.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == pictures
+    with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width == grid.height
-    with np.load(run / "samples.npz", allow_pickle=False) as samples:
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
         assert samples["images"].shape == (65, 16, 16, 3) and samples["images"].dtype == np.uint8
         assert np.bincount(samples["labels"]).tolist() == [7] * 5 + [6] * 5
-        images = samples["images"]
-    scores = json.loads((run / "metrics.json").read_text())
+        images, labels = samples["images"], samples["labels"]
+
+    # Both are of the averaged generator in eval mode, with noise of their own; a column of a grid has the same.
+    def samples_of(part, kind, n, labels):
+        G = Generator(16, 2, 10).eval()
+        G.load_state_dict(state_of(tmp_path)[part])
+        with torch.no_grad():
+            x = G(torch.randn(n, 128, generator=torch.Generator().manual_seed(
+                datasets.seed_from(kind, 0))).repeat(len(labels) // n, 1), one_hot(labels, 10))
+        return ((x + 1) * 127.5).round().to(torch.uint8)
+
+    assert np.array_equal(images, samples_of("ema", 1, 65, labels).permute(0, 2, 3, 1).numpy())
+    assert not np.array_equal(images, samples_of("G", 1, 65, labels).permute(0, 2, 3, 1).numpy())
+    head_to_tail = torch.arange(10).repeat_interleave(10)  # of the shapes, the first class is the largest
+    assert torch.equal(shown["step-0000004.png"], samples_of("ema", 0, 10, head_to_tail))
+
+    scores = json.loads((tmp_path / "metrics.json").read_text())
     assert scores["protocol"]["step"] == 4 and scores["all"]["fd"] > 0
-    with open(run / "per_class.csv") as file:
+    with open(tmp_path / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["images_that_count"]) for row in rows] == list(config["labels"]["images_that_count"].values())
-    before = (run / "checkpoint.pt").read_bytes()
-    monkeypatch.chdir(tmp_path)
+    assert [int(row["images_that_count"]) for row in rows] == list(config["images_that_count"].values())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
     softlabel_gan.main([*small, "--eval-only", "--sample-seed", "1"])
-    with np.load(run / "sample-seed-1" / "samples.npz", allow_pickle=False) as samples:
+    with np.load(tmp_path / "sample-seed-1" / "samples.npz", allow_pickle=False) as samples:
         assert not np.array_equal(samples["images"], images)
-    assert (run / "checkpoint.pt").read_bytes() == before and json.loads((run / "metrics.json").read_text()) == scores
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert json.loads((tmp_path / "metrics.json").read_text()) == scores
 
 
 def test_picture_of_borrowed_images(tmp_path, monkeypatch):
     """Fig. 2: of other classes, those that count most, the most first; white where fewer than a row count."""
     shown = []
-    monkeypatch.setattr(softlabel_gan, "write_grid", lambda path, images, columns: shown.append(images))
+    monkeypatch.setattr(datasets, "write_grid", lambda path, images: shown.append(images))
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).repeat(1, 3, 8, 8)
     train = ImageSet(images, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b"])
     y_hat = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.995, 0.005], [0.0, 1.0], [0.02, 0.98], [0.01, 0.99]])
@@ -498,19 +756,21 @@ def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     """Two classes, one of a single image; also: its distance has no covariance, and is left out."""
     monkeypatch.chdir(tmp_path)
     run = [*TINY[4:], *folder(tmp_path / "mine", 9, 1)]
-    monkeypatch.setattr(softlabel_gan, "soft_labels", lambda C, images, device: torch.tensor([[0.98, 0.02]] * 10))
     classifier.main([*run[-6:], "--soft-labels", "--epochs", "1", "--run-dir", "c"])
-    judge = ["--classifier", "c/classifier.pt", "--features", "classifier:c/classifier.pt", "--eval-images", "4"]
-    softlabel_gan.main([*run, *judge, "--run-dir", "run"])
-    said = capsys.readouterr()
-    assert "gives 1 less than a quarter" in said.err and "training images right" in said.out
+    annotator = ["--classifier", "c/classifier.pt", "--features", "classifier:c/classifier.pt", "--eval-images", "4"]
+    p = torch.tensor([[0.98, 0.02]] * 10)
+    monkeypatch.setattr(softlabel_gan, "labels_by_classifier", lambda *_: p)
+    softlabel_gan.main([*run, *annotator, "--run-dir", "run"])
+    assert "D hears little of 1:" in capsys.readouterr().err
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0 and scores["all"]["fd"] > 0
+    assert [row["images_that_count"] for row in scores["per_class"]] == [10, 10]
 
 
 def test_one_class_is_refused(tmp_path):
+    run = [*TINY[4:], *folder(tmp_path / "mine", 4), "--labels", "onehot", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match="has one class"):
-        softlabel_gan.main([*TINY[4:], *folder(tmp_path / "mine", 4), "--labels", "onehot", "--run-dir", str(tmp_path / "run")])
+        softlabel_gan.main(run)
 
 
 # ------------------------------------------------------------------------------------------------- settings and errors
@@ -532,9 +792,9 @@ def test_defaults_are_the_papers():
     ["--steps", "0"], ["--d-steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr-d", "0"], ["--ema", "1"],
     ["--width", "0"], ["--image-size", "17"], ["--save-every", "0"], ["--eval-images", "-1"], ["--rho", "0.5"],
     ["--seed", "-1"], ["--oversample", "1.5"], ["--smoothing", "-0.1"], ["--diffaug", "colour"], ["--labels", "hard"],
-    ["--classifier", "nowhere.pt"], ["--features", "classifier:nowhere.pt"], ["--minimum-class", "65"],
+    ["--classifier", "nowhere.pt"], ["--features", "classifier:nowhere.pt"], ["--dataset", "cifar10imb-50"],
     ["--labels", "soft", "--smoothing", "0.3"], ["--features", "classifier:"], ["--eval-images", "1"],
-    ["--minimum-class", "50", "--dataset", "cifar10imb"], ["--labels", "onehot", "--classifier", __file__], ["--eval-only"],
+    ["--minimum-class", "65"], ["--labels", "onehot", "--classifier", __file__], ["--eval-only"],
 ])  # fmt: skip
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -549,13 +809,33 @@ def test_another_configuration_in_the_directory(tmp_path):
     softlabel_gan.main(run)
     with pytest.raises(InputError, match="--labels onehot there, smooth now"):
         softlabel_gan.main([*run, "--labels", "smooth"])
-    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
-    with pytest.raises(InputError, match="foreign.pt is damaged"):
-        softlabel_gan.load_checkpoint(tmp_path / "foreign.pt", "cpu")
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK damaged")
-    with pytest.raises(InputError, match="checkpoint.pt is damaged"):
-        softlabel_gan.main(run)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == b"PK damaged"
+    kept = tmp_path / "run" / "checkpoint.pt"
+    for damaged in (b"PK damaged", None):
+        if damaged:
+            kept.write_bytes(damaged)
+        else:  # no checkpoint of a run
+            torch.save({"weights": torch.ones(2)}, kept)
+        before = kept.read_bytes()
+        with pytest.raises(InputError, match="checkpoint.pt is damaged"):
+            softlabel_gan.main(run)
+        assert kept.read_bytes() == before
+
+
+def test_a_checkpoint_of_the_first_version_is_refused(tmp_path):
+    """Its keys are others: named in one line, never misread, and left alone."""
+    run = [*TINY, "--labels", "onehot", "--run-dir", str(tmp_path)]
+    softlabel_gan.main(run)
+    state = state_of(tmp_path)
+    log, rng = state.pop("log"), state.pop("rng")["cpu"]
+    state |= {"sums": log["sums"], "logged": log["added"], "rng": rng}
+    state["settings"]["minimum_class"] = None
+    torch.save(state, tmp_path / "checkpoint.pt")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    for flags in ([], ["--steps", "5"], ["--eval-only"]):
+        with pytest.raises(InputError, match="another version of this script") as error:
+            softlabel_gan.main([*run, *flags])
+        assert "\n" not in str(error.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
 
 
 def test_errors_are_one_line_and_status_two(tmp_path, run_script):
