@@ -456,7 +456,7 @@ LOOPS = {
     "v, sqrt": dict(prediction="v", label_set="sqrt", gamma=2.0, tau=0.001, drop_rate=0.5, regularise_after=0.0),
     "gamma 0, train": dict(prediction="eps", label_set="train", gamma=0.0, tau=0.02, drop_rate=0.1, regularise_after=0.0),
     "whole batches": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.5, regularise_after=0.0,
-                          drop_whole_batch=True),
+                          drop_whole_batch=True, resample="uniform"),
     "DDPM": dict(prediction="eps", label_set="train", gamma=0.25, tau=0.0, drop_rate=0.1, regularise_after=0.0),
 }
 
@@ -478,7 +478,7 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
     averaged = {name: w.clone() for name, w in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2))
     train = datasets.load("shapeslt", "data")
-    batches = datasets.Batches(train, B, flip=True, seed=5)
+    batches = datasets.Batches(train, B, c.get("resample", "data"), flip=True, seed=5)
     N_k = train.counts.double()
     norms, equal, unlabelled = [], 0, 0
     for step in range(steps):
@@ -524,12 +524,12 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
 
 def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "score_run", lambda *a, **k: None)
-    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off"]
+    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off", "--dropout", "0.5"]
     state = tiny_run(tmp_path, *flags)
     args = cbdm.parse_settings([*TINY, *map(str, flags)])
     expected = {}
     for which in ("model", "ema"):
-        network = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0).eval()
+        network = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.5).eval()
         network.load_state_dict(state[which])
         labels = torch.arange(10).repeat_interleave(2)
         expected[which] = cbdm.sample(network, labels, args, False, datasets.seed_from(0, 0), "ddim").permute(0, 2, 3, 1)
@@ -812,6 +812,7 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
     assert made_again(args) == (False, True)
     assert made_again(sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})) == (False, True)
     assert made_again(sampling_settings(**vars(args) | {"eval_only": True})) == (True, True)
+    assert made_again(sampling_settings(**vars(args) | {"eval_only": True}))[0]  # the script may have been edited since
     assert made_again(args)[0]  # the samples there are now those of --eval-only
     assert made_again(sampling_settings(**vars(args) | {"gamma": 0.5}))[0]
     made_again(args)
