@@ -1,14 +1,15 @@
 """How fast the project is, in one table: `python tests/benchmark.py [--threads 2] [--only training,sampling,...]`.
 
-Each row is the median of several runs with its smallest and largest; what is compared is measured in turn (A B A B ...) in
-one process, so that a machine whose speed drifts does not decide. "Plain" is the same arithmetic as the papers' releases do
-it: float32, one forward pass for each label, Adam tensor by tensor, the moving average tensor by tensor.
+Each row is a median with its smallest and largest. Training steps are those of main() itself, read from its log.jsonl;
+functions that are compared run in turn (A B A B ...), so that a machine whose speed drifts does not decide.
 Not collected by pytest.
 """
 
 import argparse
-import copy
+import contextlib
 import functools
+import io
+import json
 import os
 import statistics
 import subprocess
@@ -19,18 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cbdm  # noqa: E402
 import cbgan  # noqa: E402
 import classifier  # noqa: E402
+import datasets  # noqa: E402
 import metrics  # noqa: E402
 import softlabel_gan  # noqa: E402
-
-GFLOP_FORWARD = 12.44  # one 32 x 32 image through the paper's U-Net (tests/test_cbdm.py counts it)
-BATCH = 16
 
 
 def in_turn(functions, runs=5, warm_up=1):
@@ -59,259 +57,58 @@ def matrix_throughput(device, dtype, size=2048):
     return [2 * size**3 / s / 1e9 for s in in_turn([lambda: a @ b], runs=9, warm_up=2)[0]]
 
 
-def paper_model(device):
-    torch.manual_seed(0)
-    return cbdm.UNet(100, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1).to(device)
+STEPS = 8  # of which the first two are not counted
+RUNS = {  # flags of main(); each pair is run in turn, its second member is what the first is compared with
+    "training": ("cbdm.py", ["--dataset", "cifar100lt", "--batch-size", "16"], {
+        "CBDM": [], "CBDM, float32": ["--amp", "off"], "DDPM": ["--tau", "0"], "DDPM, float32": ["--tau", "0", "--amp", "off"]}),
+    "cbgan": ("cbgan.py", ["--dataset", "cifar10lt", "--batch-size", "64", "--monitor-images", "0"], {
+        "CBGAN": [], "CBGAN, float32": ["--amp", "off"], "without the regulariser": ["--reg-weight", "0"]}),
+    "softlabel": ("softlabel_gan.py", ["--dataset", "cifar10imb", "--batch-size", "32", "--d-steps", "1"], {
+        "Softlabel-GAN": [], "Softlabel-GAN, float32": ["--amp", "off"], "one-hot labels": ["--labels", "onehot"]}),
+}
 
 
-def training(device, peak):
-    """One CBDM step of 16 images at the paper's size: two predictions, both terms of Eq. 4, Adam, EMA."""
-    x = torch.rand(BATCH, 3, 32, 32, device=device) * 2 - 1
-    t, y, y_prime = torch.randint(0, 1000, (BATCH,)), *torch.randint(0, 100, (2, BATCH), device=device)
-    labelled, t_ = torch.ones(BATCH, dtype=torch.bool, device=device), t.to(device)
-
-    def step(model, optimizer, both, average):
-        eps = torch.randn_like(x)
-        h, h_prime = both(model, cbdm.q_sample(x, t, eps))
-        L_r, L_rc = cbdm.regularisers(h, h_prime[None], t, 0.001, labelled)
-        optimizer.zero_grad()
-        (cbdm.ddpm_loss(h, eps) + L_r + 0.25 * L_rc).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average()
-
-    def plain():
-        model = paper_model(device)
-        ema = copy.deepcopy(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, foreach=False)
-
-        def average():
-            with torch.no_grad():
-                new = model.state_dict()
-                for name, value in ema.state_dict().items():
-                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
-
-        return lambda: step(model, optimizer, lambda m, x_t: (m(x_t, t_, y), m(x_t, t_, y_prime)), average)
-
-    def ours():
-        model = paper_model(device)
-        ema = list(copy.deepcopy(model).requires_grad_(False).parameters())
-        weights = [w.detach() for w in model.parameters()]
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
-
-        def both(m, x_t):
-            with torch.autocast(device.type, torch.bfloat16, enabled=cbdm.use_bf16("auto", device)):
-                return m(torch.cat([x_t, x_t]), torch.cat([t_, t_]), torch.cat([y, y_prime])).chunk(2)
-
-        return lambda: step(model, optimizer, both, lambda: torch._foreach_lerp_(ema, weights, 1 - 0.9999))
-
-    # Two forward passes, and backward passes that cost two each.
-    compare("CBDM training step, 16 images", {"plain": plain(), "ours": ours()}, GFLOP_FORWARD * 6, peak)
+def made_up_cifar(data_dir):
+    """Prepared arrays of noise, with the classes of both CIFARs: the speed of a step does not depend on the pictures."""
+    for source, K in (("cifar10", 10), ("cifar100", 100)):
+        for split, n in (("train", 50_000), ("test", 10_000)):
+            images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+            classes = np.array([f"class{c}" for c in range(K)])
+            np.savez(Path(data_dir) / f"{source}-{split}-32.npz", images=images, labels=np.arange(n) % K, classes=classes)
 
 
-def sampling(device, peak):
-    """One guided denoising step of 16 images: a prediction with and one without label."""
-    model = paper_model(device).eval()
-    x = torch.randn(BATCH, 3, 32, 32, device=device)
-    t, y = torch.full((BATCH,), 500, device=device), torch.arange(BATCH, device=device)
-    none = torch.full_like(y, cbdm.NO_LABEL)
-
-    @torch.no_grad()
-    def plain():
-        cbdm.ancestral_step(x, cbdm.guided(model(x, t, y), model(x, t, none), 1.6), 500, torch.randn_like(x))
-
-    def ours(network):
-        @torch.no_grad()
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cbdm.use_bf16("auto", device)):
-                both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none]))
-            cbdm.ancestral_step(x, cbdm.guided(*both.chunk(2), 1.6), 500, torch.randn_like(x))
-
-        return step
-
-    ways = {"plain": plain, "ours": ours(model), "ours with --compile": ours(torch.compile(model))}
-    compare("guided sampling step, 16 images", ways, GFLOP_FORWARD * 2, peak)
-
-
-def compare(name, ways, gflop_image, peak):
-    """Seconds of each way, what they make of the machine, and how many times faster than "plain" they are."""
-    seconds = dict(zip(ways, in_turn(list(ways.values())), strict=True))
-    for way, values in seconds.items():
-        middle, top = statistics.median(values), "float32" if way == "plain" else "bfloat16"
-        share = gflop_image * BATCH / middle / peak[top]
-        row(f"{name}, {way}", values, "s", f"{BATCH / middle:.2f} images/s, {share:.0%} of the matrix product in {top}")
-    for way in list(ways)[1:]:
-        row(f"{name}, plain / {way}", [a / b for a, b in zip(seconds["plain"], seconds[way], strict=True)], "times")
+def training(part, device):
+    """Seconds a step of main() itself, from its log, at the paper's size: every number is that of a whole training step."""
+    script, flags, ways = RUNS[part]
+    module = {"cbdm.py": cbdm, "cbgan.py": cbgan, "softlabel_gan.py": softlabel_gan}[script]
+    datasets.LOG_EVERY = 1
+    with tempfile.TemporaryDirectory() as scratch:
+        made_up_cifar(scratch)
+        classifier_file = Path(scratch) / "classifier.pt"
+        settings = {"normalisation": classifier.CENTRED, "head": "linear", "training_data": ""}
+        names = [f"class{c}" for c in range(10)]
+        shares = dict.fromkeys(("all", "head", "middle", "tail"), 0.1)
+        untrained = classifier.ResNet32(10, **classifier.CENTRED)
+        classifier.save_classifier(classifier_file, untrained, "cifar10", "train", names, 32, settings, shares, [0.1] * 10)
+        for name, more in ways.items():
+            given = [] if script == "cbdm.py" or "onehot" in more else ["--classifier", str(classifier_file)]
+            run_dir = Path(scratch) / name
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                module.main([*flags, *more, *given, "--steps", str(STEPS), "--sample-every", "0", "--eval-images", "0",
+                             "--save-every", "1000000", "--data-dir", scratch, "--run-dir", str(run_dir),
+                             "--device", str(device)])
+            lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+            row(f"{name}: a training step", [1 / line["steps_per_second"] for line in lines[2:]], "s", " ".join(flags[2:]))
 
 
-def cbgan_training(device, batch=64):
-    """One iteration of CBGAN at the paper's networks: D, G, the regulariser through a ResNet-32, two Adams, EMA."""
-    args = cbgan.parse_settings(["--dataset", "cifar10lt"])
-    x, w = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1, torch.ones(10, device=device)
-    amp = cbgan.use_bf16("auto", device)
-
-    def networks():
-        torch.manual_seed(0)
-        C = classifier.ResNet32(10, **classifier.CIFAR_STATISTICS).eval()
-        return [n.to(device) for n in (cbgan.build_generator(args, 10), cbgan.Discriminator(args, 10), C)]
-
-    def z():
-        return torch.randn(batch, cbgan.LATENT).to(device)
-
-    def losses(D_real, D_fake, seen):
-        p_hat = seen.float().softmax(1).mean(0)
-        return cbgan.relativistic_loss(D_fake, D_real) + 10 * cbgan.class_balancing_regulariser(p_hat, w)
-
-    def plain():
-        """As the release has it: float32, D twice a step, gradients for D and C in the generator's step."""
-        G, D, C = networks()
-        ema = copy.deepcopy(G)
-        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, foreach=False) for n in (G, D)]
-
-        def step():
-            loss = cbgan.relativistic_loss(D(x)[0], D(G(z()).detach())[0])
-            adam[1].zero_grad()
-            loss.backward()
-            adam[1].step()
-            fake = G(z())
-            loss = losses(D(x)[0], D(fake)[0], C(fake))
-            adam[0].zero_grad()
-            loss.backward()
-            adam[0].step()
-            with torch.no_grad():
-                new = G.state_dict()
-                for name, value in ema.state_dict().items():
-                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
-
-        return step
-
-    def ours():
-        """The lines of cbgan.py's loop."""
-        G, D, C = (n.to(memory_format=torch.channels_last) for n in networks())
-        C.requires_grad_(False)
-        (means, values), (copies, originals) = cbgan.state_pairs(copy.deepcopy(G), G)
-        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, fused=True) for n in (G, D)]
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                with torch.no_grad():
-                    fake = G(z())
-                scores, _ = D(torch.cat([x, fake]))
-            loss = cbgan.relativistic_loss(*scores.chunk(2))
-            adam[1].zero_grad()
-            loss.backward()
-            adam[1].step()
-            D.requires_grad_(False)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                fake = G(z())
-                D_fake, _ = D(fake)
-                with torch.no_grad():
-                    D_real, _ = D(x)
-                seen = C(fake)
-            D.requires_grad_(True)
-            loss = losses(D_real, D_fake, seen)
-            adam[0].zero_grad()
-            loss.backward()
-            adam[0].step()
-            torch._foreach_lerp_(means, values, 1 - 0.9999)
-            torch._foreach_copy_(copies, originals)
-
-        return step
-
-    plain, ours = in_turn([plain(), ours()], runs=7)
-    row(f"CBGAN training step, {batch} images, plain", plain, "s")
-    row(f"CBGAN training step, {batch} images, ours", ours, "s", f"{batch / statistics.median(ours):.1f} images/s")
-    row("CBGAN training step, plain / ours", [a / b for a, b in zip(plain, ours, strict=True)], "times")
-
-
-def softlabel_training(device, size, width, batch):
-    """One step of D and one of G of Softlabel-GAN at the paper's networks, with DiffAugment, two Adams, EMA."""
-    K, policy, amp = 10, "color,translation,cutout", softlabel_gan.use_bf16("auto", device)
-    x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    y_soft = torch.randn(batch, K, device=device).softmax(1)
-
-    def networks():
-        torch.manual_seed(0)
-        return [network(size, width, K).to(device) for network in (softlabel_gan.Generator, softlabel_gan.Discriminator)]
-
-    def inputs():
-        z, y = torch.randn(batch, softlabel_gan.latent_size(size)), F.one_hot(torch.randint(K, (batch,)), K).float()
-        return z.to(device), y.to(device)
-
-    def plain():
-        """As the release has it: float32, skips convolved at the larger size, gradients for D in the generator's step."""
-        G, D = networks()
-
-        def skip_G(block, h, code):
-            x, h = F.interpolate(h, scale_factor=2), F.interpolate(F.relu(block.norm1(h, code)), scale_factor=2)
-            return block.conv2(F.relu(block.norm2(block.conv1(h), code))) + block.skip(x)
-
-        def skip_D(block, x):
-            h = block.conv2(F.relu(block.conv1(x if block.first else F.relu(x))))
-            if not block.down:
-                return h + block.skip(x)
-            return F.avg_pool2d(h, 2) + (block.skip(F.avg_pool2d(x, 2)) if block.first else F.avg_pool2d(block.skip(x), 2))
-
-        for block in G.blocks:
-            block.forward = functools.partial(skip_G, block)
-        for block in D.phi:
-            if isinstance(block, softlabel_gan.DiscriminatorBlock):
-                block.forward = functools.partial(skip_D, block)
-        ema = copy.deepcopy(G)
-        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.0, 0.999), foreach=False) for n in (G, D)]
-
-        def step():
-            z, y = inputs()
-            with torch.no_grad():
-                fake = G(z, y)
-            scores = D(softlabel_gan.diffaugment(torch.cat([fake, x]), policy), torch.cat([y, y_soft]))
-            adam[1].zero_grad()
-            softlabel_gan.discriminator_loss(*scores.chunk(2)[::-1]).backward()
-            adam[1].step()
-            z, y = inputs()
-            adam[0].zero_grad()
-            softlabel_gan.generator_loss(D(softlabel_gan.diffaugment(G(z, y), policy), y)).backward()
-            adam[0].step()
-            with torch.no_grad():
-                new = G.state_dict()
-                for name, value in ema.state_dict().items():
-                    value.copy_(value * 0.9999 + new[name] * (1 - 0.9999))
-
-        return step
-
-    def ours():
-        """The lines of softlabel_gan.py's loop."""
-        G, D = (n.to(memory_format=torch.channels_last) for n in networks())
-        (means, values), (copies, originals) = softlabel_gan.state_pairs(copy.deepcopy(G), G)
-        adam = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.0, 0.999), fused=True) for n in (G, D)]
-
-        def step():
-            z, y = inputs()
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                with torch.no_grad():
-                    fake = G(z, y)
-                scores = D(softlabel_gan.diffaugment(torch.cat([x, fake]), policy), torch.cat([y_soft, y]))
-            adam[1].zero_grad()
-            softlabel_gan.discriminator_loss(*scores.chunk(2)).backward()
-            adam[1].step()
-            D.requires_grad_(False)
-            z, y = inputs()
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = softlabel_gan.generator_loss(D(softlabel_gan.diffaugment(G(z, y), policy), y))
-            D.requires_grad_(True)
-            adam[0].zero_grad()
-            loss.backward()
-            adam[0].step()
-            torch._foreach_lerp_(means, values, 1 - 0.9999)
-            torch._foreach_copy_(copies, originals)
-
-        return step
-
-    name = f"Softlabel-GAN training step, {batch} images of {size}"
-    plain, ours = in_turn([plain(), ours()], runs=5 if size == 32 else 2)
-    row(f"{name}, plain", plain, "s")
-    row(f"{name}, ours", ours, "s", f"{batch / statistics.median(ours):.1f} images/s")
-    row("Softlabel-GAN training step, plain / ours", [a / b for a, b in zip(plain, ours, strict=True)], "times")
+def sampling(device):
+    """Seconds of a guided DDIM step of the paper's U-Net, 16 images."""
+    model = cbdm.UNet(100, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1).to(device).eval()
+    args = cbdm.parse_settings(["--dataset", "cifar100lt", "--ddim-steps", "2"])
+    amp = datasets.use_bf16("auto", device)
+    ways = [lambda amp=amp: cbdm.sample(model, torch.arange(16), args, amp, 0, "ddim") for amp in (amp, False)]
+    for name, seconds in zip(("", ", float32"), in_turn(ways, runs=3), strict=True):
+        row(f"guided sampling step, 16 images{name}", [s / 2 for s in seconds], "s")
 
 
 def frechet():
@@ -472,16 +269,15 @@ def main():
                         help="which parts, with commas between")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = cbdm.pick_device("auto")
+    device = datasets.pick_device("auto")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {where}; median [smallest .. largest]")
-    peak = {name: row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
-            for name in ("float32", "bfloat16")}
+    for name in ("float32", "bfloat16"):
+        row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
+    parts = {"start_up": lambda: start_up(device, args.threads), "sampling": lambda: sampling(device), "frechet": frechet,
+             "scores": lambda: scores(device)} | {part: functools.partial(training, part, device) for part in RUNS}
     for part in args.only.split(","):
-        {"start_up": lambda: start_up(device, args.threads), "training": lambda: training(device, peak),
-         "sampling": lambda: sampling(device, peak), "cbgan": lambda: cbgan_training(device), "frechet": frechet,
-         "scores": lambda: scores(device),
-         "softlabel": lambda: [softlabel_training(device, *at) for at in ((32, 64, 32), (128, 80, 16))]}[part]()
+        parts[part]()
 
 
 if __name__ == "__main__":

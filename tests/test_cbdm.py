@@ -524,7 +524,8 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
 
 def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "score_run", lambda *a, **k: None)
-    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off", "--dropout", "0.5"]
+    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off",
+             "--dropout", "0.5"]
     state = tiny_run(tmp_path, *flags)
     args = cbdm.parse_settings([*TINY, *map(str, flags)])
     expected = {}
