@@ -462,8 +462,7 @@ def directories_in(where):
 
 
 def images_in(where):
-    files = [Path(e.path) for e in visible(where) if not e.is_dir()]
-    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    return [Path(e.path) for e in visible(where) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def list_folder(root, split):
