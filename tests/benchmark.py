@@ -58,9 +58,10 @@ def matrix_throughput(device, dtype, size=2048):
 
 
 STEPS = 8  # of which the first two are not counted
-RUNS = {  # flags of main(); each pair is run in turn, its second member is what the first is compared with
+RUNS = {  # flags of main(), and the ways that are compared
     "training": ("cbdm.py", ["--dataset", "cifar100lt", "--batch-size", "16"], {
-        "CBDM": [], "CBDM, float32": ["--amp", "off"], "DDPM": ["--tau", "0"], "DDPM, float32": ["--tau", "0", "--amp", "off"]}),
+        "CBDM": [], "CBDM, float32": ["--amp", "off"], "DDPM": ["--tau", "0"],
+        "DDPM, float32": ["--tau", "0", "--amp", "off"]}),
     "cbgan": ("cbgan.py", ["--dataset", "cifar10lt", "--batch-size", "64", "--monitor-images", "0"], {
         "CBGAN": [], "CBGAN, float32": ["--amp", "off"], "without the regulariser": ["--reg-weight", "0"]}),
     "softlabel": ("softlabel_gan.py", ["--dataset", "cifar10imb", "--batch-size", "32", "--d-steps", "1"], {
