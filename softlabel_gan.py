@@ -58,7 +58,6 @@ them, cut by hand).
 import copy
 import hashlib
 import math
-import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -69,8 +68,13 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import datasets
-from classifier import build_soft_classifier, entropy_rewarded_loss, images_that_count, labels_by_classifier
-from datasets import at_least, due, fail, number, positive, share
+from classifier import (
+    build_soft_classifier,
+    entropy_rewarded_loss,
+    images_that_count,
+    labels_by_classifier,
+)
+from datasets import at_least, due, fail, number, positive, share, to_device
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -254,7 +258,7 @@ def diffaugment(x, policy):
         drawn[3:5] = torch.randint(2 * reach + 1, (2, B))  # top left corner in the padded image
     if "cutout" in policy:
         drawn[5:7] = torch.randint(R + 1, (2, B))  # centre of the hole, which may lie on the border
-    drawn = drawn.to(x.device)
+    drawn = to_device(drawn, x.device)
     brightness, saturation, contrast = drawn[:3].view(3, B, 1, 1, 1)
     top, left, row, column = drawn[3:].long().view(4, B, 1)
     pixel = torch.arange(R, device=x.device)
@@ -474,12 +478,12 @@ GRID, FINAL = range(2)  # the pictures on the way, and what is scored, do not sh
 
 
 def noise_and_labels(n, d_z, K, device):
-    """What G makes fakes from: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: §4.2.
+    """§4.2: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: what G makes fakes from.
 
-    From the CPU: the same on each device.
+    Drawn on the CPU: the same on each device.
     """
     z, classes = torch.randn(n, d_z), torch.randint(K, (n,))
-    return z.to(device), F.one_hot(classes.to(device), K).float()
+    return to_device(z, device), F.one_hot(to_device(classes, device), K).float()
 
 
 def latents(n, d_z, kind, seed):
@@ -537,15 +541,6 @@ def draw_borrowed(path, train, y_hat, rows):
     datasets.write_grid(path, grid)
 
 
-def warn_of_forgotten_classes(train, y_hat):
-    """Says which classes get less than a quarter (CHOICE) of what one-hot labels would give."""
-    rows = zip(train.classes, y_hat.sum(0), train.counts, strict=True)
-    forgotten = ", ".join(name for name, mass, n_c in rows if mass < n_c / 4)
-    if forgotten:
-        print(f"warning: D hears little of {forgotten}: the classifier gives less than a quarter "
-              "of the probability that its own images would have", file=sys.stderr, flush=True)
-
-
 def main(argv=None):
     args = parse_settings(argv)
     device = datasets.pick_device(args.device)
@@ -568,13 +563,13 @@ def main(argv=None):
     labels_hash = hashlib.sha256(told.numpy().tobytes()).hexdigest()
     if state and state.get("labels_hash") != labels_hash:
         fail(f"{run_dir} holds a run with other labels; choose another --run-dir")
+    counted = images_that_count(told, COUNTS_ABOVE).tolist()
+    if args.labels in ("mixup", "cotrain"):  # the loop makes their labels
+        counted = [None] * K
+    counted = [{"images_that_count": n} for n in counted]
     grid_classes = datasets.grid_classes(train.counts)
-    counted = None  # mixup and cotrain: what they make of the labels is settled in the loop
-    if args.labels not in ("mixup", "cotrain"):
-        counted = images_that_count(told, COUNTS_ABOVE).tolist()
     if p is not None:
         draw_borrowed(run_dir / "samples" / "borrowed.png", train, told, grid_classes)
-        warn_of_forgotten_classes(train, told)
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
@@ -605,24 +600,23 @@ def main(argv=None):
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
     precision, resumed = ", bf16" if amp else "", f"; resumed at step {start}" if start else ""
     print(f"BigGAN, labels {args.labels}, DiffAugment {args.diffaug or 'off'}, on {args.dataset}: "
-          f"{len(train.labels)} images of {K} classes; {parameters[0]:,} + {parameters[1]:,} "
-          f"parameters; {device}{precision}; {run_dir}{resumed}", flush=True)
+          f"{train.summary}; {parameters[0]:,} + {parameters[1]:,} parameters; "
+          f"{device}{precision}; {run_dir}{resumed}", flush=True)
 
     net_G, net_D = (torch.compile(G), torch.compile(D)) if args.compile else (G, D)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     d_z = latent_size(args.image_size)
     done, L_C = start, torch.zeros((), device=device)
     if start < args.steps and not args.eval_only:
-        images_that_counted = dict(zip(train.classes, counted, strict=True)) if counted else None
-        datasets.write_config(args, device, bf16=amp, parameters=parameters,
-                              images_that_count=images_that_counted)
+        labels = dict(zip(train.classes, counted, strict=True))
+        datasets.write_config(args, device, bf16=amp, parameters=parameters, labels=labels)
         with datasets.stop_signals() as stop, log.open(start, args.steps):
             for step in range(start, args.steps):
                 # Real images for all steps of D, and what D is told of them.
                 x_all, y_all = next(batches)
                 if args.labels == "mixup":  # one lambda for all of them (A)
                     lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()
-                    other = torch.randperm(len(x_all)).to(device)
+                    other = to_device(torch.randperm(len(x_all)), device)
                     x_all, y_all = mixup(x_all, y_all, lam, other)
 
                 # D, --d-steps times.
@@ -686,10 +680,9 @@ def main(argv=None):
         classes = datasets.balanced_labels(args.eval_images, K)
         z = latents(len(classes), d_z, FINAL, args.sample_seed)
         images = generate(ema, z, classes, K, amp)
-        metrics.save_samples(where / "samples.npz", images, labels=classes)
+        datasets.save_samples(where / "samples.npz", images, labels=classes)
         protocol = {"step": done, "sample_seed": args.sample_seed}
-        metrics.score_run(where, images, classes, args, device, protocol=protocol,
-                          per_class={"images_that_count": counted})
+        metrics.score_run(where, images, classes, args, device, None, protocol, per_class=counted)
 
 
 if __name__ == "__main__":

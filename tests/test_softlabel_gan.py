@@ -1,4 +1,4 @@
-"""softlabel_gan.py: each equation against a value found another way, DiffAugment, the networks, the loop, whole runs."""
+"""softlabel_gan.py: each equation against a value found another way, DiffAugment, networks, the loop, runs."""
 
 import csv
 import functools
@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, log_of, same_state, state_of
+from conftest import ROOT, edited, log_of, same_state, state_of
 from PIL import Image
 
 import classifier
@@ -48,7 +48,7 @@ def count(network):
     return sum(w.numel() for w in network.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_hinge_by_hand():
@@ -69,14 +69,15 @@ def test_the_discriminator_gains_nothing_beyond_the_margin_on_fakes():
     assert D_fake.grad.tolist() == [0, 0.5]
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def test_smoothing_by_hand():
     """P's 1 - alpha + alpha / K on the class; A's 1 - alpha would leave the sum at 1 - alpha / K."""
     for K, own in ((10, 0.91), (100, 0.901)):
         y = smooth_labels(one_hot([3], K).double(), 0.1)[0]
-        assert y[3] == pytest.approx(own) and y[0] == pytest.approx(0.1 / K) and y.sum() == pytest.approx(1, abs=1e-12)
+        assert y[3] == pytest.approx(own) and y[0] == pytest.approx(0.1 / K)
+        assert y.sum() == pytest.approx(1, abs=1e-12)
     assert torch.equal(smooth_labels(one_hot([1], 4), 0.0), one_hot([1], 4))
     assert torch.allclose(smooth_labels(one_hot([1], 4), 1.0), torch.full((1, 4), 0.25))
 
@@ -90,10 +91,12 @@ def test_mixup_by_hand():
 
 
 def test_online_label_smoothing_by_hand():
-    p = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1]], dtype=torch.float64)
+    p = [[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1]]
+    p = torch.tensor(p, dtype=torch.float64)
     labels = torch.tensor([0, 0, 1, 1, 2])  # the fourth is mistaken for class 0, the fifth too: class 2 has none
     table = online_label_smoothing(p, labels)
-    assert torch.allclose(table, torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0, 0, 1]], dtype=torch.float64))
+    by_hand = [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0, 0, 1]]
+    assert torch.allclose(table, torch.tensor(by_hand, dtype=torch.float64))
     assert torch.allclose(label_augmentation("ols", labels, 3, p.float()), table[labels].float())
 
 
@@ -102,11 +105,13 @@ def test_rows_of_online_label_smoothing_sum_to_one():
     labels = torch.arange(4).repeat_interleave(torch.tensor([95, 48, 10, 5]))
     p = (torch.randn(158, 4) + 3 * one_hot(labels, 4)).double().softmax(1)
     table = online_label_smoothing(p, labels)
-    assert torch.allclose(table.sum(1), torch.ones(4, dtype=torch.float64)) and (table.argmax(1) == torch.arange(4)).all()
+    assert torch.allclose(table.sum(1), torch.ones(4, dtype=torch.float64))
+    assert (table.argmax(1) == torch.arange(4)).all()
     # a classifier that knows everything gives the identity, and how many images a class has does not matter
     assert torch.equal(online_label_smoothing(one_hot(labels, 4), labels), torch.eye(4))
     same = torch.full((4, 4), 0.1) + 0.6 * torch.eye(4)
-    assert torch.allclose(online_label_smoothing(same[labels], labels), online_label_smoothing(same, torch.arange(4)))
+    of_each = online_label_smoothing(same, torch.arange(4))
+    assert torch.allclose(online_label_smoothing(same[labels], labels), of_each)
 
 
 def test_every_kind_of_label_is_a_distribution():
@@ -120,7 +125,7 @@ def test_every_kind_of_label_is_a_distribution():
 
 
 def test_images_that_count_for_a_class():
-    """One-hot labels: n_c. Smoothing: n_c too with 100 classes, and with 10, where .1 / 10 is the threshold itself."""
+    """One-hot labels: n_c. Smoothing: n_c too with 100 classes, and with 10: .1 / 10 is the threshold."""
     for K in (10, 100):
         labels = torch.randint(K, (500,))
         n_c = torch.bincount(labels, minlength=K)
@@ -129,7 +134,7 @@ def test_images_that_count_for_a_class():
     assert images_that_count(torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97]])).tolist() == [2, 1, 1]
 
 
-# --------------------------------------------------------------------------------------------------------- DiffAugment
+# -------------------------------------------------------------------------------------- DiffAugment
 
 
 def test_an_empty_policy_is_the_identity():
@@ -152,7 +157,8 @@ def test_colour():
     # Undone from the invariants: saturation keeps each pixel's mean over channels, contrast the image's mean.
     shift = (out - x).mean((1, 2, 3))
     grey, grey_x = out.mean(1), x.mean(1)
-    contrast = ((grey - grey.mean((1, 2), keepdim=True)) / (grey_x - grey_x.mean((1, 2), keepdim=True))).flatten(1)
+    contrast = (grey - grey.mean((1, 2), keepdim=True)) / (grey_x - grey_x.mean((1, 2), keepdim=True))
+    contrast = contrast.flatten(1)
     assert (contrast.std(1) < 1e-6).all()  # one number an image
     colour = ((out - grey[:, None]) / (x - grey_x[:, None])).flatten(1)
     saturation = colour.mean(1) / contrast.mean(1)
@@ -171,7 +177,8 @@ def test_translation():
     spot = torch.zeros(4000, 1, 16, 16)
     spot[:, :, 8, 8] = 1
     _, _, row, column = diffaugment(spot, "translation").nonzero().T
-    assert len(row) == 4000 and set(row.tolist()) == set(column.tolist()) == set(range(6, 11))  # shifts of -2 .. 2
+    shifted = set(range(8 - 2, 8 + 3))
+    assert len(row) == 4000 and set(row.tolist()) == set(column.tolist()) == shifted
     assert np.bincount(row.numpy())[6:].min() > 700 and abs(np.corrcoef(row, column)[0, 1]) < 0.06
 
 
@@ -190,7 +197,7 @@ def test_cutout():
         assert len(number) == 33 and scipy.stats.chisquare(number.numpy()).pvalue > 0.001
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("size, width, base_G, each_G, base_D, each_D", [
@@ -216,7 +223,7 @@ def test_shapes_and_ranges(size):
 
 
 def test_blocks_by_hand():
-    """Doubling and averaging done within the convolutions, against the layers one after the other; in float64, exactly."""
+    """The skip's 1 x 1 convolution before the upsampling and after the pooling: the same as the other way round."""
     x, code = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     up = softlabel_gan.GeneratorBlock(8, 16, 5, 1e-5).double()
     h = up.conv1(F.interpolate(F.relu(up.norm1(x, code)), scale_factor=2))
@@ -262,7 +269,8 @@ def test_chunks_of_noise_reach_their_block_alone():
         changed, before = z.clone(), seen[-5:]
         changed[:, 20 * part : 20 * part + 20] += 1
         G(changed, y)
-        assert [not torch.equal(a, b) for a, b in zip(before, seen[-5:], strict=True)] == [i == part for i in range(5)]
+        moved = [not torch.equal(a, b) for a, b in zip(before, seen[-5:], strict=True)]
+        assert moved == [i == part for i in range(5)]
         del seen[:-5]
         G(z, y)
 
@@ -287,11 +295,12 @@ def test_the_label_of_the_generator_acts(size):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_what_has_spectral_norm(size):
-    """Every layer with a matrix but, up to 32 pixels, those of the conditional batch norm, above the shared embedding."""
+    """Every layer with a matrix but, up to 32 pixels, the conditional batch norms'; above, the embedding."""
     G, D = Generator(size, 8, 4), Discriminator(size, 8, 4)
     without = {name for network in (G, D) for name, m in network.named_modules()
                if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) and not hasattr(m, "parametrizations")}
-    by_code = {f"blocks.{i}.{n}.{layer}" for i in range(3) for n in ("norm1", "norm2") for layer in ("gain", "shift")}
+    by_code = {f"blocks.{i}.{norm}.{layer}"
+               for i in range(3) for norm in ("norm1", "norm2") for layer in ("gain", "shift")}
     assert without == (by_code if size == 32 else {"shared"})
     for _ in range(100):  # the power method converges
         D.V(torch.zeros(1, 4))
@@ -324,13 +333,14 @@ def test_the_score_is_the_mean_of_the_classes_scores(critic):
     assert torch.allclose(D(x, torch.full((5, 6), 1 / 6)), of_class.mean(1), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------- the data
 
 
 def test_oversampling():
     """alpha 0: as in the data; 1: each class as often; between, between. Images of a class equally often."""
     counts = torch.tensor([60, 30, 10])
-    data = ImageSet(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.arange(3).repeat_interleave(counts), list("abc"))
+    images, labels = torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.arange(3).repeat_interleave(counts)
+    data = ImageSet(images, labels, list("abc"))
     for alpha in (0.0, 0.4, 1.0):
         _, index = next(Batches(data, 40_000, alpha, targets=torch.arange(100)))
         share = torch.bincount(data.labels[index], minlength=3) / 40_000
@@ -340,7 +350,8 @@ def test_oversampling():
 
 
 def test_batches_yield_targets_in_the_place_of_labels():
-    data = ImageSet(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 3, 8, 8), torch.zeros(7).long(), ["a"])
+    images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 3, 8, 8)
+    data = ImageSet(images, torch.zeros(7).long(), ["a"])
     targets = torch.arange(7).float()[:, None] * torch.ones(1, 4)
     x, y = next(Batches(data, 7, targets=targets))
     assert torch.allclose((x[:, 0, 0, 0] + 1) * 127.5, y[:, 2]) and y.shape == (7, 4)
@@ -349,7 +360,7 @@ def test_batches_yield_targets_in_the_place_of_labels():
 @pytest.mark.parametrize("name, smallest, total", [("cifar10imb", 65, 5000), ("cifar10imb-90", 90, 6900),
                                                    ("cifar10imb-120", 120, 9150)])
 def test_smallest_classes_of_figure_5(name, smallest, total):
-    """A's recipe: a log-normal distribution (shape 3) cut into ten bins from 0 to 3; frog is smallest, dog largest."""
+    """A's recipe: a log-normal distribution (shape 3) in ten bins from 0 to 3; frog is smallest, dog largest."""
     bins = np.floor(total * np.diff(scipy.stats.lognorm.cdf(np.linspace(0, 3, 11), 3)))
     counts = datasets.softlabel_gan_counts(10, smallest)
     assert sorted(counts.tolist(), reverse=True) == bins.tolist() and counts.min() == smallest
@@ -358,12 +369,12 @@ def test_smallest_classes_of_figure_5(name, smallest, total):
     assert classifier.balanced(name) == "cifar10"
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in float64: then rounding is far below Adam's eps, and two ways to a step agree whatever the threads."""
+    """Everything in float64: rounding is far below Adam's eps, and two ways to a step agree on any machine."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -414,15 +425,15 @@ LOOPS = {  # what differs between the kinds of labels; the last two columns are 
     "mixup": ("color,translation,cutout", 0.0, True),
     "cotrain": ("cutout", 0.0, True),
 }
-LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6", "--d-steps", "2", "--steps", "4", "--ema", "0.7",
-              "--ema-start", "2", "--lr", "0.002", "--lr-d", "0.005", "--seed", "5", "--sample-every", "0",
-              "--eval-images", "0", "--amp", "off", "--device", "cpu"]  # fmt: skip
+LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6", "--d-steps", "2",
+              "--steps", "4", "--ema", "0.7", "--ema-start", "2", "--lr", "0.002", "--lr-d", "0.005",
+              "--seed", "5", "--sample-every", "0", "--eval-images", "0", "--amp", "off", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("how", LOOPS)
 def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
-    """Four steps of main() against the same steps written here, from the same random numbers: labels image by image, Eqs 2
-    and 3, plain autograd and Adam, the average from step 2 on. Only the networks are the script's."""
+    """Four steps of main() against the same steps written here, from the same random numbers: labels image by
+    image, Eqs 2 and 3, plain autograd and Adam, the average from step 2 on. Only the networks are the script's."""
     policy, oversample, flip = LOOPS[how]
     B, K, smoothing = 6, 10, 0.3
     train = datasets.load("shapeslt", "data", "train", 16, 26.5)
@@ -481,7 +492,8 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
             x_f = G(z, y_f).detach()
             both = augment_one_by_one(torch.cat([x_r, x_f]), policy)
             scores = D(both, torch.cat([y_r, y_f]))  # one pass: one step of spectral norm's power method
-            L_D = sum((1 - s).clamp(min=0) for s in scores[:B]) / B + sum((1 + s).clamp(min=0) for s in scores[B:]) / B
+            hinges = [(1 - s).clamp(min=0) for s in scores[:B]] + [(1 + s).clamp(min=0) for s in scores[B:]]
+            L_D = sum(hinges) / B
             optimizer_D.zero_grad()
             L_D.backward()
             optimizer_D.step()
@@ -510,22 +522,11 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
     assert (averaged["first.bias"] - G.first.bias).abs().max() > 1e-4
 
 
-# -------------------------------------------------------------------------------------------- TRY: places to experiment
-
-
-def edited(*changes):
-    """The script as a module in which some passages, (old, new), are replaced: what a reader tries at a TRY."""
-    source = (ROOT / "softlabel_gan.py").read_text()
-    for old, new in changes:
-        assert source.count(old) == 1, f"{source.count(old)} times {old!r}"
-        source = source.replace(old, new)
-    module = types.ModuleType("softlabel_gan_edited")
-    exec(compile(source, "softlabel_gan.py", "exec"), module.__dict__)
-    return module
+# ------------------------------------------------------------------------ TRY: places to experiment
 
 
 def test_try_classes_that_lend_each_other_half_as_much():
-    other = edited(("y = p  # y_hat = C(x). TRY: (y + p) / 2", "y = (y + p) / 2  # was p"))
+    other = edited("softlabel_gan.py", ("y = p  # y_hat = C(x). TRY: (y + p) / 2", "y = (y + p) / 2  # was p"))
     labels, p = torch.randint(4, (50,)), torch.randn(50, 4).double().softmax(1)
     half = other.label_augmentation("soft", labels, 4, p)
     lent = label_augmentation("soft", labels, 4, p).masked_fill(one_hot(labels, 4).bool(), 0).sum()
@@ -535,7 +536,7 @@ def test_try_classes_that_lend_each_other_half_as_much():
 
 def test_try_a_loss_without_a_margin():
     """ln 2 each at a score of 0, as in Goodfellow et al. 2014; beyond the margin there is a gradient still."""
-    other = edited(("return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()",
+    other = edited("softlabel_gan.py", ("return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()",
                     "return F.softplus(-D_real).mean() + F.softplus(D_fake).mean()"))
     assert "# TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean()" in (ROOT / "softlabel_gan.py").read_text()
     zero = torch.zeros(2)
@@ -547,7 +548,7 @@ def test_try_a_loss_without_a_margin():
 
 
 def test_try_less_noise_for_samples_more_alike():
-    other = edited(("return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * :",
+    other = edited("softlabel_gan.py", ("return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * :",
                     "return 0.5 * torch.randn(n, d_z, generator=generator)  # was 1:"))
     G, y = Generator(16, 8, 3).eval(), one_hot([1] * 100, 3)
     spread = [G(m.latents(100, 128, 0, 0), y).std(0).mean().item() for m in (softlabel_gan, other)]
@@ -559,14 +560,14 @@ def test_try_samples_of_the_last_step(tmp_path):
     assert "# TRY: update(0)" in (ROOT / "softlabel_gan.py").read_text()
     run = [*TINY, "--labels", "onehot", "--ema-start", "0", "--run-dir"]
     softlabel_gan.main([*run, str(tmp_path / "a")])
-    edited((line, "average.update(0)")).main([*run, str(tmp_path / "b")])
+    edited("softlabel_gan.py", (line, "average.update(0)")).main([*run, str(tmp_path / "b")])
     averaged, copied = state_of(tmp_path / "a"), state_of(tmp_path / "b")
     assert all(torch.equal(copied["ema"][k], w) for k, w in copied["G"].items())
     assert all(torch.equal(copied["G"][k], w) for k, w in averaged["G"].items())  # training is the same
     assert not torch.equal(averaged["ema"]["first.bias"], averaged["G"]["first.bias"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
@@ -582,7 +583,7 @@ def annotator(judges):
 
 @pytest.fixture(scope="module")
 def labelled(annotator, tmp_path_factory):
-    """labelled(run_dir): the flags for a run with soft labels, which are there already. Labelling takes a second."""
+    """labelled(run_dir): the flags for a run whose soft labels are there already. Labelling takes a second."""
     first = tmp_path_factory.mktemp("labelled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "draw_shapes", DRAWN_ONCE)
@@ -606,7 +607,8 @@ def test_each_kind_of_labels_trains(flags, labelled, tmp_path):
     where = labelled(tmp_path) if {"soft", "ols"} & set(flags) else ["--run-dir", str(tmp_path)]
     softlabel_gan.main([*TINY, *AUGMENTED, "--sample-every", "3", *flags, *where])
     row = log_of(tmp_path)[-1]
-    assert all(math.isfinite(row[k]) for k in softlabel_gan.LOSSES) and (row["L_C"] != 0) == ("cotrain" in flags)
+    assert all(math.isfinite(row[k]) for k in softlabel_gan.LOSSES)
+    assert (row["L_C"] != 0) == ("cotrain" in flags)
     assert row["images"] == 3 * 8 * (4 if "--d-steps" in flags else 1)
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
@@ -640,7 +642,7 @@ def test_a_stopped_run_continues_bit_for_bit(labels, labelled, tmp_path, monkeyp
 
 
 def test_soft_labels_reach_only_real_images_and_fakes_are_uniform(annotator, labelled, tmp_path, monkeypatch):
-    """What each network is told: G and the fakes one-hot labels, each class as often; the real images the classifier's."""
+    """What each network is told: G and the fakes one-hot labels, each class as often; real images C's."""
     told = types.SimpleNamespace(G=[], D=[])
     for kind in (Generator, Discriminator):
         name, forward = kind.__name__[0], kind.forward
@@ -665,9 +667,10 @@ def test_soft_labels_reach_only_real_images_and_fakes_are_uniform(annotator, lab
 def test_labels_are_computed_once_and_kept(annotator, labelled, tmp_path, monkeypatch):
     run, here = [*TINY, *labelled(tmp_path)], ["--run-dir", str(tmp_path)]
     softlabel_gan.main(run)
-    counted = json.loads((tmp_path / "config.json").read_text())["images_that_count"]
+    counted = json.loads((tmp_path / "config.json").read_text())["labels"]
     stored = np.load(tmp_path / "soft_labels.npz", allow_pickle=False)["probabilities"].astype(np.float64)
-    assert list(counted.values()) == (stored > 0.01).sum(0).tolist() and list(counted)[0] == "disc"
+    by_hand = zip(datasets.load("shapeslt", "data").classes, (stored > 0.01).sum(0).tolist(), strict=True)
+    assert counted == {name: {"images_that_count": n} for name, n in by_hand}
     # without the classifier the run resumes; with another it does not
     with monkeypatch.context() as patch:
         patch.setattr(classifier, "frozen_classifier", lambda *_, **__: pytest.fail("asked again"))
@@ -689,9 +692,10 @@ def test_labels_are_computed_once_and_kept(annotator, labelled, tmp_path, monkey
 
 def test_a_whole_run_leaves_everything_it_promises(annotator, labelled, tmp_path, monkeypatch):
     shown, write_grid = {}, datasets.write_grid
-    monkeypatch.setattr(datasets, "write_grid", lambda path, x: (shown.update({path.name: x}), write_grid(path, x)))
-    small = [*TINY, *labelled(tmp_path), "--steps", "4", "--sample-every", "2", "--eval-images", "65", "--ema-start", "0",
-             "--features", f"classifier:{annotator}", "--amp", "off"]
+    monkeypatch.setattr(datasets, "write_grid",
+                        lambda path, x: (shown.update({path.name: x}), write_grid(path, x)))
+    small = [*TINY, *labelled(tmp_path), "--steps", "4", "--sample-every", "2", "--eval-images", "65",
+             "--ema-start", "0", "--features", f"classifier:{annotator}", "--amp", "off"]
     softlabel_gan.main(small)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__
@@ -723,7 +727,8 @@ def test_a_whole_run_leaves_everything_it_promises(annotator, labelled, tmp_path
     assert scores["protocol"]["step"] == 4 and scores["all"]["fd"] > 0
     with open(tmp_path / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["images_that_count"]) for row in rows] == list(config["images_that_count"].values())
+    counted = [row["images_that_count"] for row in config["labels"].values()]
+    assert [int(row["images_that_count"]) for row in rows] == counted
     before = (tmp_path / "checkpoint.pt").read_bytes()
     softlabel_gan.main([*small, "--eval-only", "--sample-seed", "1"])
     with np.load(tmp_path / "sample-seed-1" / "samples.npz", allow_pickle=False) as samples:
@@ -748,7 +753,8 @@ def folder(where, *counts):
     for c, n in enumerate(counts):
         (where / "train" / str(c)).mkdir(parents=True)
         for i in range(n):
-            Image.fromarray(np.full((16, 16, 3), 60 * c + i, np.uint8)).save(where / "train" / str(c) / f"{i}.png")
+            picture = Image.fromarray(np.full((16, 16, 3), 60 * c + i, np.uint8))
+            picture.save(where / "train" / str(c) / f"{i}.png")
     return ["--dataset", f"folder:{where}", "--image-size", "16", "--data-dir", str(where / "data")]
 
 
@@ -757,11 +763,14 @@ def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = [*TINY[4:], *folder(tmp_path / "mine", 9, 1)]
     classifier.main([*run[-6:], "--soft-labels", "--epochs", "1", "--run-dir", "c"])
-    annotator = ["--classifier", "c/classifier.pt", "--features", "classifier:c/classifier.pt", "--eval-images", "4"]
-    p = torch.tensor([[0.98, 0.02]] * 10)
-    monkeypatch.setattr(softlabel_gan, "labels_by_classifier", lambda *_: p)
-    softlabel_gan.main([*run, *annotator, "--run-dir", "run"])
-    assert "D hears little of 1:" in capsys.readouterr().err
+    shown = datasets.load(run[-5], run[-1], "train", 16).fingerprint
+    (tmp_path / "run").mkdir()
+    p = np.float32([[0.98, 0.02]] * 10)
+    np.savez("run/soft_labels.npz", probabilities=p, training_data=shown, classifier="")
+    scored = ["--features", "classifier:c/classifier.pt", "--eval-images", "4"]
+    softlabel_gan.main([*run, *scored, "--run-dir", "run"])
+    said = capsys.readouterr()
+    assert "gives 1 less than a quarter" in said.err and "90.0% of the labelled images" in said.out
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0 and scores["all"]["fd"] > 0
     assert [row["images_that_count"] for row in scores["per_class"]] == [10, 10]
@@ -773,7 +782,7 @@ def test_one_class_is_refused(tmp_path):
         softlabel_gan.main(run)
 
 
-# ------------------------------------------------------------------------------------------------- settings and errors
+# ------------------------------------------------------------------------------ settings and errors
 
 
 def test_defaults_are_the_papers():
@@ -789,9 +798,11 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--steps", "0"], ["--d-steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr-d", "0"], ["--ema", "1"],
+    ["--steps", "0"], ["--d-steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr-d", "0"],
+    ["--ema", "1"], ["--ema-start", "-1"], ["--discriminator-width", "0"], ["--sample-seed", "-1"],
     ["--width", "0"], ["--image-size", "17"], ["--save-every", "0"], ["--eval-images", "-1"], ["--rho", "0.5"],
-    ["--seed", "-1"], ["--oversample", "1.5"], ["--smoothing", "-0.1"], ["--diffaug", "colour"], ["--labels", "hard"],
+    ["--seed", "-1"], ["--oversample", "1.5"], ["--smoothing", "-0.1"], ["--diffaug", "colour"],
+    ["--labels", "hard"],
     ["--classifier", "nowhere.pt"], ["--features", "classifier:nowhere.pt"], ["--dataset", "cifar10imb-50"],
     ["--labels", "soft", "--smoothing", "0.3"], ["--features", "classifier:"], ["--eval-images", "1"],
     ["--minimum-class", "65"], ["--labels", "onehot", "--classifier", __file__], ["--eval-only"],
@@ -840,7 +851,8 @@ def test_a_checkpoint_of_the_first_version_is_refused(tmp_path):
 
 def test_errors_are_one_line_and_status_two(tmp_path, run_script):
     done = run_script("softlabel_gan.py", "--dataset", "shapslt", cwd=tmp_path)
-    assert done.returncode == 2 and "shapeslt" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "shapeslt" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
