@@ -701,14 +701,6 @@ def load_samples(path, label_names=("labels",)):
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
-def save_samples(path, images, **arrays):
-    """Writes images (N, 3, H, W) uint8, and other arrays or tensors by their names; None is left out."""
-    arrays = {"images": images.permute(0, 2, 3, 1)} | arrays
-    arrays = {name: torch.as_tensor(x).cpu().numpy() for name, x in arrays.items() if x is not None}
-    with atomic_write(path) as file:
-        np.savez(file, **arrays)
-
-
 def equal_numbers(samples):
     """{path: (images, labels)}, cut so that all have as many samples, as most scores depend on how many.
 
@@ -1007,29 +999,6 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                 "samples": len(images), "scores": wanted, "labels": labels is not None,
                 "classifier_accuracy": accuracy} | ({"left_out": left_out} if left_out else {})  # fmt: skip
     return {"protocol": protocol, **result, "per_class": per_class}
-
-
-def score_run(where, images, labels, args, device, seen=None, protocol=None, totals=None, per_class=None):
-    """Scores, writes and prints the samples of a finished run; the last step of each method's script.
-
-    where       directory of the samples: metrics.json and per_class.csv go there too
-    args        the run's settings: dataset, data_dir, features, reference, rho, image_size, scores
-    protocol    dict, added to that of the result; totals: to the scores of all; per_class: K dicts, to the classes' rows
-    returns     the dict of `evaluate`; None where the features can't be had: the samples are there, which is said
-    """
-    try:
-        result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference, args.rho,
-                          args.image_size, device=device, seen=seen, scores=args.scores)
-    except InputError as error:  # most often: no weights for the features, and no network to get them
-        print(f"{Path(where) / 'samples.npz'} is written but not scored: {error}. Then the same command resumes here.")
-        return None
-    result["protocol"] |= protocol or {}
-    result["all"] |= totals or {}
-    if per_class:
-        result["per_class"] = [row | more for row, more in zip(result["per_class"], per_class, strict=True)]
-    write_scores(result, where)
-    print(format_table(result))
-    return result
 
 
 def mean_and_std(values):

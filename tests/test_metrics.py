@@ -1122,7 +1122,7 @@ def command(monkeypatch, folder, *arguments):
 
 
 def test_command_line(data_dir, samples, monkeypatch, capsys):
-    metrics.save_samples(data_dir / "samples.npz", samples[0], labels=samples[1])
+    datasets.save_samples(data_dir / "samples.npz", samples[0], labels=samples[1])
     flags = ("--dataset", "shapeslt", "--data-dir", ".", "--image-size", SIZE, "--per-class")
     command(monkeypatch, data_dir, "samples.npz", *flags)
     out = capsys.readouterr().out
@@ -1143,8 +1143,8 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     """50 of each class against 20 of most: scores of the 20 first, not of 50 against 20."""
     images, labels = samples
     few = torch.cat([torch.arange(k * 50, k * 50 + (20 if k else 35)) for k in range(10)])  # 35 of class 0
-    metrics.save_samples(tmp_path / "many.npz", images, labels=labels)
-    metrics.save_samples(tmp_path / "few.npz", images[few], labels=labels[few])
+    datasets.save_samples(tmp_path / "many.npz", images, labels=labels)
+    datasets.save_samples(tmp_path / "few.npz", images[few], labels=labels[few])
     flags = ("--dataset", "shapeslt", "--data-dir", data_dir, "--image-size", SIZE)
     command(monkeypatch, tmp_path, "many.npz", "few.npz", *flags)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "unequal" in line)
@@ -1173,14 +1173,14 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
 def test_save_samples(tmp_path, samples, monkeypatch):
     images, labels = samples[0][:7], samples[1][:7]
     path = tmp_path / "new" / "s.npz"
-    metrics.save_samples(path, images, labels=labels, predicted=np.arange(7), certainty=None)
+    datasets.save_samples(path, images, labels=labels, predicted=np.arange(7), certainty=None)
     with np.load(path, allow_pickle=False) as file:
         assert set(file) == {"images", "labels", "predicted"}
         assert np.array_equal(file["images"], images.permute(0, 2, 3, 1)) and file["images"].dtype == np.uint8
     before = path.read_bytes()
     monkeypatch.setattr(np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        metrics.save_samples(path, images)
+        datasets.save_samples(path, images)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
