@@ -1,4 +1,4 @@
-"""softlabel_gan.py: each equation against a value found another way, DiffAugment, networks, the loop, runs."""
+"""softlabel_gan.py: each equation against a value found another way, DiffAugment, networks, loop, runs."""
 
 import csv
 import functools
@@ -93,7 +93,7 @@ def test_mixup_by_hand():
 def test_online_label_smoothing_by_hand():
     p = [[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1]]
     p = torch.tensor(p, dtype=torch.float64)
-    labels = torch.tensor([0, 0, 1, 1, 2])  # the fourth is mistaken for class 0, the fifth too: class 2 has none
+    labels = torch.tensor([0, 0, 1, 1, 2])  # the last two are mistaken for class 0: class 2 has none
     table = online_label_smoothing(p, labels)
     by_hand = [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0, 0, 1]]
     assert torch.allclose(table, torch.tensor(by_hand, dtype=torch.float64))
@@ -130,7 +130,8 @@ def test_images_that_count_for_a_class():
         labels = torch.randint(K, (500,))
         n_c = torch.bincount(labels, minlength=K)
         for how in ("onehot", "smooth"):
-            assert torch.equal(images_that_count(label_augmentation(how, labels, K, alpha=0.1)), n_c), (K, how)
+            y_hat = label_augmentation(how, labels, K, alpha=0.1)
+            assert torch.equal(images_that_count(y_hat), n_c), (K, how)
     assert images_that_count(torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97]])).tolist() == [2, 1, 1]
 
 
@@ -223,7 +224,7 @@ def test_shapes_and_ranges(size):
 
 
 def test_blocks_by_hand():
-    """The skip's 1 x 1 convolution before the upsampling and after the pooling: the same as the other way round."""
+    """The skip's 1 x 1 convolution before the upsampling and after the pooling: the same numbers."""
     x, code = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     up = softlabel_gan.GeneratorBlock(8, 16, 5, 1e-5).double()
     h = up.conv1(F.interpolate(F.relu(up.norm1(x, code)), scale_factor=2))
@@ -287,7 +288,8 @@ def test_the_label_of_the_generator_acts(size):
     norm.norm.train()
     gain, shift = (layer(code)[..., None, None] for layer in (norm.gain, norm.shift))
     expected = (x - mean) / (var + norm.norm.eps).sqrt() * (1 + gain) + shift
-    assert torch.allclose(norm(x, code), expected, atol=1e-5) and norm.norm.eps == (1e-5 if size == 32 else 1e-4)
+    assert torch.allclose(norm(x, code), expected, atol=1e-5)
+    assert norm.norm.eps == (1e-5 if size == 32 else 1e-4)
     z = torch.randn(1, softlabel_gan.latent_size(size)).expand(2, -1)
     a, b = G(z, one_hot([0, 1], 4))
     assert not torch.allclose(a, b)
@@ -360,7 +362,7 @@ def test_batches_yield_targets_in_the_place_of_labels():
 @pytest.mark.parametrize("name, smallest, total", [("cifar10imb", 65, 5000), ("cifar10imb-90", 90, 6900),
                                                    ("cifar10imb-120", 120, 9150)])
 def test_smallest_classes_of_figure_5(name, smallest, total):
-    """A's recipe: a log-normal distribution (shape 3) in ten bins from 0 to 3; frog is smallest, dog largest."""
+    """A's recipe: a log-normal distribution (shape 3) in ten bins from 0 to 3; frog smallest, dog largest."""
     bins = np.floor(total * np.diff(scipy.stats.lognorm.cdf(np.linspace(0, 3, 11), 3)))
     counts = datasets.softlabel_gan_counts(10, smallest)
     assert sorted(counts.tolist(), reverse=True) == bins.tolist() and counts.min() == smallest
@@ -374,7 +376,7 @@ def test_smallest_classes_of_figure_5(name, smallest, total):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in float64: rounding is far below Adam's eps, and two ways to a step agree on any machine."""
+    """Everything in float64: rounding is far below Adam's eps, and two ways to a step agree anywhere."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -432,8 +434,8 @@ LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6",
 
 @pytest.mark.parametrize("how", LOOPS)
 def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
-    """Four steps of main() against the same steps written here, from the same random numbers: labels image by
-    image, Eqs 2 and 3, plain autograd and Adam, the average from step 2 on. Only the networks are the script's."""
+    """Four steps of main() against the same steps written here, from the same random numbers: labels image
+    by image, Eqs 2 and 3, plain autograd and Adam, the average from step 2 on. The networks are the script's."""
     policy, oversample, flip = LOOPS[how]
     B, K, smoothing = 6, 10, 0.3
     train = datasets.load("shapeslt", "data", "train", 16, 26.5)
@@ -441,7 +443,8 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
     monkeypatch.setattr(softlabel_gan, "labels_by_classifier", lambda *_: p)
     monkeypatch.setattr(softlabel_gan, "build_soft_classifier", linear_classifier)
     flags = [*LOOP_FLAGS, "--labels", how, "--diffaug", policy, "--oversample", str(oversample)]
-    flags += ["--flip" if flip else "--no-flip"] + (["--smoothing", str(smoothing)] if how == "smooth" else [])
+    flags += ["--flip" if flip else "--no-flip"]
+    flags += ["--smoothing", str(smoothing)] if how == "smooth" else []
     softlabel_gan.main(["--dataset", "shapeslt", *flags, "--run-dir", str(tmp_path)])
 
     torch.manual_seed(5)
@@ -508,7 +511,8 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
             averaged[name] = 0.7 * averaged[name] + 0.3 * w if moves else w.clone()
 
     found = state_of(tmp_path)
-    expected = {"G": G.state_dict(), "D": D.state_dict(), "ema": averaged} | ({"C": C.state_dict()} if C else {})
+    expected = {"G": G.state_dict(), "D": D.state_dict(), "ema": averaged}
+    expected |= {"C": C.state_dict()} if C else {}
     for part, tensors in expected.items():
         assert tensors.keys() == found[part].keys()
         for name, w in tensors.items():
@@ -526,19 +530,21 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
 
 
 def test_try_classes_that_lend_each_other_half_as_much():
-    other = edited("softlabel_gan.py", ("y = p  # y_hat = C(x). TRY: (y + p) / 2", "y = (y + p) / 2  # was p"))
+    line = "y = p  # y_hat = C(x). TRY: (y + p) / 2"
+    other = edited("softlabel_gan.py", (line, "y = (y + p) / 2  # was p"))
     labels, p = torch.randint(4, (50,)), torch.randn(50, 4).double().softmax(1)
-    half = other.label_augmentation("soft", labels, 4, p)
-    lent = label_augmentation("soft", labels, 4, p).masked_fill(one_hot(labels, 4).bool(), 0).sum()
-    assert half.masked_fill(one_hot(labels, 4).bool(), 0).sum().item() == pytest.approx(lent.item() / 2, rel=1e-5)
+    own, half = one_hot(labels, 4).bool(), other.label_augmentation("soft", labels, 4, p)
+    lent = label_augmentation("soft", labels, 4, p).masked_fill(own, 0)
+    assert torch.allclose(half.masked_fill(own, 0), lent / 2)
     assert torch.allclose(half.sum(1), torch.ones(50))
 
 
 def test_try_a_loss_without_a_margin():
-    """ln 2 each at a score of 0, as in Goodfellow et al. 2014; beyond the margin there is a gradient still."""
+    """ln 2 each at a score of 0, as in Goodfellow et al. 2014; the gradient does not end at a margin."""
     other = edited("softlabel_gan.py", ("return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()",
                     "return F.softplus(-D_real).mean() + F.softplus(D_fake).mean()"))
-    assert "# TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean()" in (ROOT / "softlabel_gan.py").read_text()
+    line = "# TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean()"
+    assert line in (ROOT / "softlabel_gan.py").read_text()
     zero = torch.zeros(2)
     assert other.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
     for module, still_moves in ((other, True), (softlabel_gan, False)):
@@ -570,8 +576,8 @@ def test_try_samples_of_the_last_step(tmp_path):
 # --------------------------------------------------------------------------------------------- runs
 
 
-TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2", "--batch-size", "8",
-        "--steps", "3", "--sample-every", "0", "--eval-images", "0", "--device", "cpu"]  # fmt: skip
+TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2",
+        "--batch-size", "8", "--steps", "3", "--sample-every", "0", "--eval-images", "0", "--device", "cpu"]
 AUGMENTED = ["--diffaug", "color,translation,cutout"]
 
 
@@ -583,7 +589,7 @@ def annotator(judges):
 
 @pytest.fixture(scope="module")
 def labelled(annotator, tmp_path_factory):
-    """labelled(run_dir): the flags for a run whose soft labels are there already. Labelling takes a second."""
+    """labelled(run_dir): flags for a run whose soft labels are there already. Labelling takes a second."""
     first = tmp_path_factory.mktemp("labelled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "draw_shapes", DRAWN_ONCE)
@@ -709,7 +715,7 @@ def test_a_whole_run_leaves_everything_it_promises(annotator, labelled, tmp_path
         assert np.bincount(samples["labels"]).tolist() == [7] * 5 + [6] * 5
         images, labels = samples["images"], samples["labels"]
 
-    # Both are of the averaged generator in eval mode, with noise of their own; a column of a grid has the same.
+    # Both are of the averaged generator in eval mode, with noise of their own; a column has the same.
     def samples_of(part, kind, n, labels):
         G = Generator(16, 2, 10).eval()
         G.load_state_dict(state_of(tmp_path)[part])
@@ -772,7 +778,8 @@ def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "gives 1 less than a quarter" in said.err and "90.0% of the labelled images" in said.out
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0 and scores["all"]["fd"] > 0
+    assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0
+    assert scores["all"]["fd"] > 0
     assert [row["images_that_count"] for row in scores["per_class"]] == [10, 10]
 
 
@@ -788,11 +795,13 @@ def test_one_class_is_refused(tmp_path):
 def test_defaults_are_the_papers():
     args = softlabel_gan.parse_settings([])
     assert (args.dataset, args.labels, args.diffaug) == ("cifar10imb", "soft", "color,translation,cutout")
-    assert (args.batch_size, args.lr, args.lr_d, args.d_steps, args.eval_images) == (128, 2e-4, 2e-4, 4, 10_000)
+    assert (args.batch_size, args.lr, args.lr_d, args.d_steps) == (128, 2e-4, 2e-4, 4)
+    assert args.eval_images == 10_000
     for size, batch in ((64, 512), (128, 32)):
         args = softlabel_gan.parse_settings(["--dataset", "folder:x", "--image-size", str(size)])
         assert (args.batch_size, args.lr, args.lr_d, args.width) == (batch, 1e-4, 4e-4, 80)
-    assert softlabel_gan.parse_settings(["--dataset", "cifar10imb"]).run_dir == "runs/softlabel_gan-cifar10imb-s0"
+    named = softlabel_gan.parse_settings(["--dataset", "cifar10imb"]).run_dir
+    assert named == "runs/softlabel_gan-cifar10imb-s0"
     named = softlabel_gan.parse_settings(["--labels", "smooth", "--diffaug", "", "--seed", "2"]).run_dir
     assert named == "runs/softlabel_gan-cifar10imb-labelssmooth-diffaug-s2"
 
@@ -800,7 +809,8 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("flags", [
     ["--steps", "0"], ["--d-steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr-d", "0"],
     ["--ema", "1"], ["--ema-start", "-1"], ["--discriminator-width", "0"], ["--sample-seed", "-1"],
-    ["--width", "0"], ["--image-size", "17"], ["--save-every", "0"], ["--eval-images", "-1"], ["--rho", "0.5"],
+    ["--width", "0"], ["--image-size", "17"], ["--save-every", "0"], ["--eval-images", "-1"],
+    ["--rho", "0.5"],
     ["--seed", "-1"], ["--oversample", "1.5"], ["--smoothing", "-0.1"], ["--diffaug", "colour"],
     ["--labels", "hard"],
     ["--classifier", "nowhere.pt"], ["--features", "classifier:nowhere.pt"], ["--dataset", "cifar10imb-50"],
@@ -856,8 +866,8 @@ def test_errors_are_one_line_and_status_two(tmp_path, run_script):
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    run = [*TINY, "--labels", "onehot", "--save-every", "1", "--lr", "1e30", "--run-dir", str(tmp_path / "run"),
-           "--steps", "50"]
+    run = [*TINY, "--labels", "onehot", "--save-every", "1", "--lr", "1e30", "--steps", "50",
+           "--run-dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match="NaN|infinite"):
         softlabel_gan.main(run)
     kept = tmp_path / "run" / "checkpoint.pt"
