@@ -1,70 +1,67 @@
 """CBGAN: Class Balancing GAN with a Classifier in the Loop (Rangwani, Mopuri, Babu; UAI 2021).
 
-A GAN that learns from long-tailed images paints the classes as unevenly as it saw them. In CBGAN
-generator and discriminator know no classes at all. Beside them stands a frozen classifier, trained
-beforehand on the same long-tailed data, that looks at each batch of fakes. What it sees is counted
-over cycles of 2000 steps and averaged (Eqs 5 and 6). A term in the generator's loss (Eq. 7) asks
-for batches spread over all classes, the more for a class the less of it there was.
+A GAN that learns from long-tailed images paints the classes as unevenly as it saw them. In CBGAN generator
+and discriminator know no classes at all. Beside them stands a frozen classifier, trained beforehand on the
+same long-tailed data, that looks at each batch of fakes. What it sees is counted over cycles of 2000 steps
+and averaged (Eqs 5 and 6). A term in the generator's loss (Eq. 7) asks for batches spread over all classes,
+the more for a class the less of it there was.
 
-    python cbgan.py --dataset shapeslt                          # first look: a CPU, minutes
-    python cbgan.py --dataset cifar10lt --rho 100               # the paper's run (Table 1); 10, 1
-    python cbgan.py --dataset cifar10lt --reg-weight 0          # its baseline: no regulariser
-    python cbgan.py --dataset cifar10lt --conditioning acgan    # with labels; cgan, pretrained (§4.2)
-    python cbgan.py --dataset cifar100lt                        # Table 4, rho 10
-    python cbgan.py --dataset folder:LSUN --recipe lsun5        # Table 1; your copy of the images
-    python cbgan.py --dataset folder:INAT --recipe inat2019     # Table 4, labels by 1 / N_k
-    python cbgan.py --dataset cifar10 --force-frequency 1000    # Fig. 3: class 0 counts as frequent
-    python cbgan.py --dataset folder:PILE --classifier C.pt --reg-weight 10   # no labels (§4.3)
+    python cbgan.py --dataset shapeslt                               # first look: a CPU, minutes
+    python cbgan.py --dataset cifar10lt --rho 100                    # the paper's run (Table 1); 10, 1
+    python cbgan.py --dataset cifar10lt --reg-weight 0               # its baseline: no regulariser
+    python cbgan.py --dataset cifar10lt --conditioning acgan         # with labels; cgan, pretrained (§4.2)
+    python cbgan.py --dataset cifar100lt                             # Table 4, rho 10
+    python cbgan.py --dataset folder:LSUN --recipe lsun5             # Table 1; your copy of the images
+    python cbgan.py --dataset folder:INAT --recipe inat2019          # Table 4, labels by 1 / N_k
+    python cbgan.py --dataset cifar10 --force-frequency 1000         # Fig. 3: class 0 counts as frequent
+    python cbgan.py --dataset folder:PILE --classifier C.pt --reg-weight 10    # images without labels (§4.3)
 
-`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py. Without it the one that is
-needed is trained first. A folder with one class directory, PILE/train/all/*, holds images without
-labels: what the classes are comes from the classifier. Each command resumes the run that it finds
-in its run directory: bit for bit on the CPU with the same number of threads.
-Cost, on two cores of an AMD EPYC: shapeslt 5 minutes 44 seconds with classifiers and scores;
-cifar10lt 0.67 s for a step with 64 images (the paper's has 256; never run in full).
-To aim at, on CIFAR-10 with rho 100 (P, Table 1): FID 36.97 without and 32.93 with the regulariser,
-KL to uniform 0.31 and 0.06. These FIDs are in the features of --features inception-fid.
+`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py; without it the one that is needed is
+trained first. PILE has one class directory, PILE/train/all/*: what the classes are, the classifier says. Each
+command resumes the run that it finds in its run directory: bit for bit on the CPU with as many threads.
+Cost, on two cores of an AMD EPYC: shapeslt 5 minutes 44 seconds with classifiers and scores; cifar10lt 0.67 s
+for a step with 64 images (the paper's has 256; never run in full).
+To aim at, on CIFAR-10 with rho 100 (P, Table 1): FID 36.97 without and 32.93 with the regulariser, KL to
+uniform 0.31 and 0.06. These FIDs are in the features of --features inception-fid.
 
-P is the paper, A the authors' code (github.com/val-iisc/class-balancing-gan); CHOICE marks what
-they leave open. From A, because P does not say: Adam's eps, orthogonal initial weights, the real
-images of D's step used again in G's, batch statistics averaged with the weights (EMA). Where we
-differ, and why:
+P is the paper, A the authors' code (github.com/val-iisc/class-balancing-gan); CHOICE marks what they leave
+open. From A, because P does not say: Adam's eps, orthogonal initial weights, the real images of D's step used
+again in G's, batch statistics averaged with the weights (EMA). Where we differ, and why:
   * The learning rate is 2e-4, as in P's text and in all of A; P's Tables 10 and 12 print 2e-3.
   * Leaky ReLUs of slope 0.1 also in SNResGAN, as in A; P's Tables 8 and 9 print ReLU (--slope 0).
-  * P weighs class k with lambda / (K N_k), without bound when a class is never generated; A's
-    weights sum to K. Ours are A's; `--weighting paper` for P's. See `class_weights`.
-  * A starts N_hat at 50 a class and the first count at 512; we start at 1 and 0. A never lets N_hat
-    fall below 1, which at iNaturalist's 256 counts a step makes all 1010 classes equal. Ours is a
-    floor on the share, 0.001 / K.
-  * Images go to the classifier with its own normalisation. A hands it [-1, 1], which is right only
-    if it was trained so.
-  * A counts evaluation samples with the same counters, and so loses those of a cycle. Only fakes of
-    G's steps count here.
-  * A never loads its annotator, the classifier that learnt from balanced data and counts the
-    samples; the KL that it logs is by the classifier in the loop. We have both networks and print
-    both. P has one for iNaturalist, where no balanced set exists: its KL is our kl_in_loop.
-  * A's discriminator blocks activate the skip connection too (an in-place ReLU). Ours take the raw
-    input, as P's references.
-  * Scored are the weights that came closest on the way, as in P. P and A choose and score with the
-    same real images. We choose with other noise, and other balanced images if there are any: for
-    cifar10lt and cifar100lt the *whole* balanced training set, with the images that were withheld
-    from the GAN. G never sees them, but the choice does; `--weights last` goes without.
-  * The final batch norm of the residual generator is unconditional, as in A. P says that
-    iNaturalist's are all conditional.
-  * Convolutions right before a batch norm have no bias: P's and A's do nothing there.
-  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too;
-    `--amp off`: float32), fused Adam, real and fake in one pass of D.
-Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50);
-the downloads of LSUN and iNaturalist. The classifier sees the GAN's image size; P shows it
-iNaturalist's at 224 pixels.
+  * P weighs class k with lambda / (K N_k), without bound when a class is never generated; A's weights sum
+    to K. Ours are A's; `--weighting paper` for P's. See `class_weights`.
+  * A starts N_hat at 50 a class and the first count at 512; we start at 1 and 0. A never lets N_hat fall
+    below 1, which at iNaturalist's 256 counts a step makes all 1010 classes equal. Ours is a floor on the
+    share, 0.001 / K.
+  * Images go to the classifier with its own normalisation. A hands it [-1, 1], which is right only if it was
+    trained so.
+  * A counts evaluation samples with the same counters, and so loses those of a cycle. Only fakes of G's steps
+    count here.
+  * A never loads its annotator, the classifier that learnt from balanced data and counts the samples: the KL
+    that it logs is by the classifier in the loop. We print both. P has one network for iNaturalist, where no
+    balanced set exists: its KL is our kl_in_loop.
+  * A's discriminator blocks activate the skip connection too (an in-place ReLU). Ours take the raw input, as
+    P's references do.
+  * Scored are the weights that came closest on the way, as in P. P and A choose and score with the same real
+    images. We choose with other noise and other balanced images, if there are any. For cifar10lt and
+    cifar100lt these are *all* balanced training images, those withheld from the GAN included. G never sees
+    them, but the choice does; `--weights last` goes without.
+  * The final batch norm of the residual generator is unconditional, as in A. P says that iNaturalist's are
+    all conditional.
+  * Convolutions right before a batch norm have no bias; P's and A's do nothing there.
+  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp off`:
+    float32), fused Adam, real and fake in one pass of D.
+Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50); downloads of
+LSUN and iNaturalist. The classifier sees the GAN's image size; P shows it iNaturalist's at 224 pixels.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import math
 import sys
-import typing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -84,12 +81,11 @@ from datasets import InputError, at_least, decay, due, existing_file, fail, not_
 # How labels come in. The first is the method of the paper; LABELLED are its baselines.
 #   none        no labels at all
 #   inverse     random labels for G, drawn in proportion to 1 / N_k; none for D (iNaturalist)
-#   uniform     the same, each class equally likely: the ablation of appendix 6.5.2 (FID 11.58);
-#               with --reg-weight 0 it is Table 4's SNResGAN
+#   uniform     the same, each class equally likely: the ablation of appendix 6.5.2 (FID 11.58). With
+#               --reg-weight 0 it is Table 4's SNResGAN
 #   acgan       conditional batch norm in G, a class head in D
 #   cgan        the same G, a projection in D
-#   pretrained  the same G, no labels for D; the classifier in the loop stands in for ACGAN's class
-#               head (§4.2)
+#   pretrained  the same G, no labels for D; the classifier in the loop is ACGAN's class head (§4.2)
 LABELLED = ("acgan", "cgan", "pretrained")
 CONDITIONINGS = ("none", "inverse", "uniform", *LABELLED)
 
@@ -132,8 +128,7 @@ LAMBDA = {
     "inat2019": {1: 0.5},
     "shapeslt": {1: 2.0},
 }
-FREE = datasets.FREE | {"annotator", "sample_seed", "weights",
-                        "classifier"}  # of the classifier the file's content is compared
+FREE = datasets.FREE | {"annotator", "sample_seed", "weights", "classifier"}  # its content is compared
 
 
 def parse_settings(argv=None):
@@ -152,43 +147,36 @@ def parse_settings(argv=None):
     parser = datasets.settings_parser(f"Class Balancing GAN; defaults: those of {dataset}")
     add = parser.add_argument_group("method").add_argument
     add("--recipe", choices=RECIPES, help="whose defaults to take, for a folder")
-    add("--conditioning", choices=CONDITIONINGS, help="none: the method; see the script's settings")
+    add("--conditioning", choices=CONDITIONINGS, help="none: the method; see the settings in the script")
     add("--classifier", metavar="PATH", type=existing_file,
         help="the classifier in the loop; default: one that is trained first")
     add("--reg-weight", type=not_negative, metavar="LAMBDA",
         help="default: by the imbalance of the data, see LAMBDA in the script; 0 with labels")
     add("--weighting", choices=("sum-to-K", "paper"), default="sum-to-K",
         help="sum-to-K: A, bounded; paper: 1 / N_k, Eq. 7")
-    share = number(float, lambda v: 0 < v <= 1, "a number above 0, up to 1")
-    add("--alpha", type=share, help="forgetting factor, Eq. 5")
+    add("--alpha", type=number(float, lambda v: 0 < v <= 1, "a number above 0, up to 1"),
+        help="forgetting factor, Eq. 5")
     add("--beta", type=datasets.positive, help="weight of new counts, Eq. 5")
     add("--cycle", type=at_least(1), help="generator steps from one update of N_k to the next")
     add("--force-frequency", type=datasets.positive, metavar="N",
         help="keep N_hat at N for class 0 and at 1 for the others: Fig. 3")
     add = parser.add_argument_group("networks and optimisers").add_argument
     add("--architecture", choices=("sndcgan", "snresgan"), help="Tables 6 and 7, or 8 and 9")
-    add("--width", type=at_least(1),
-        help="channels of G's last level; snresgan up to 32 pixels: a quarter of them")
-    add("--discriminator-width", type=at_least(1),
-        help="channels of D's first level; snresgan up to 32 pixels: half of them")
+    add("--width", type=at_least(1), help="channels of G's last level; snresgan up to 32 pixels: a quarter")
+    add("--discriminator-width", type=at_least(1), help="of D's first level; snresgan up to 32 pixels: half")
     add("--slope", type=not_negative, help="of the leaky ReLUs; A: 0.1; P: 0 in Tables 8 and 9")
-    add("--generator-spectral-norm", action=argparse.BooleanOptionalAction,
-        help="P: for iNaturalist")
+    add("--generator-spectral-norm", action=argparse.BooleanOptionalAction, help="P: for iNaturalist")
     add("--beta1", type=decay, help="of Adam: decay of its average of gradients")
     add("--beta2", type=decay, help="of Adam: decay of its average of squared gradients")
     add("--ema-start", type=at_least(0), help="the step until which the average is a copy")
-    add = parser.add_argument_group("choice of the weights, samples").add_argument
-    add("--monitor-every", type=at_least(0),
-        help="steps between two looks at the averaged generator's samples, for the log; 0: none")
+    add = parser.add_argument_group("samples on the way and at the end").add_argument
+    add("--monitor-every", type=at_least(0), help="steps between two looks at samples, for the log; 0: none")
     add("--monitor-images", type=number(int, lambda v: v == 0 or v >= 2, "0, or 2 or more"),
-        help="samples for the distance that chooses the best weights; 0: KL alone, no choice")
-    add("--weights", choices=("best", "last"), default="best",
-        help="which to score: best by the monitored distance, or last")
-    add("--sample-seed", type=at_least(0), default=0,
-        help="another one for P's +-: other samples, in a directory of their own")
-    add("--annotator", metavar="PATH", type=existing_file,
-        help="a classifier trained on balanced data, to count the samples with; default: that of "
-        "--features if it is one, else one that is trained for it")
+        help="samples for the distance that chooses the best weights; 0: no choice, KL alone")
+    add("--weights", choices=("best", "last"), default="best", help="to score; best: by that distance")
+    add("--sample-seed", type=at_least(0), default=0, help="other samples, in their own directory: P's +-")
+    add("--annotator", metavar="PATH", type=existing_file, help="a classifier trained on balanced data, to "
+        "count samples with; default: that of --features if it is one, else one that is trained for it")
     args = datasets.read_settings(parser, argv, "cbgan", defaults, FREE)
 
     if args.image_size not in (16, 32, 64, 128, 256):
@@ -280,7 +268,7 @@ def class_weights(N, weighting):
     the method has done its work the ratio is 1. The log has it as am_over_hm.
     """
     inverse = 1 / N.clamp(min=FLOOR / len(N))
-    # TRY: return torch.ones_like(N). The entropy alone evens out; rare classes stay rare.
+    # TRY: return torch.ones_like(N). Without memory it pulls less, and the tail stays rarer.
     return inverse / len(N) if weighting == "paper" else inverse / inverse.mean()
 
 
@@ -541,6 +529,14 @@ def generate(generator, z, y, amp):
     return torch.cat(images)
 
 
+def draw_samples(generator, n, kind, seed, N, args, amp, y=None):
+    """(n, 3, H, W) uint8. y (n,): what to ask for; None: drawn as in training. kind: see GRID."""
+    z, random = latents(n, kind, seed)
+    if y is None:
+        y = draw_labels(n, N, args.conditioning, random)
+    return generate(generator, z, y, amp)
+
+
 def sample_grid(generator, C, classes, N, args, amp, device):
     """A row for each of these classes, always from the same noise: (10 rows, 3, H, W) uint8.
 
@@ -548,9 +544,9 @@ def sample_grid(generator, C, classes, N, args, amp, device):
     """
     if args.conditioning in LABELLED:
         y = classes.repeat_interleave(datasets.GRID_COLUMNS)
-        return generate(generator, latents(len(y), GRID, args.seed)[0], y, amp)
-    z, random = latents(min(50 * len(N), 5_000), GRID, args.seed)  # enough to find most classes in
-    images = generate(generator, z, draw_labels(len(z), N, args.conditioning, random), amp)
+        return draw_samples(generator, len(y), GRID, args.seed, N, args, amp, y)
+    n = min(50 * len(N), 5_000)  # enough to find most classes in
+    images = draw_samples(generator, n, GRID, args.seed, N, args, amp)
     return datasets.rows_of(images, predict(C, images, device), classes)
 
 
@@ -558,7 +554,11 @@ def sample_grid(generator, C, classes, N, args, amp, device):
 # Training
 # --------------------------------------------------------------------------------------------------
 LOSSES = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3, 7; the baselines'
-KL_IMAGES = 1_000  # samples for the log's KL to uniform where --monitor-images is 0
+KL_IMAGES = 1_000  # samples for KL in the log where --monitor-images is 0
+
+
+def say(warning):
+    print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def classifier_in_the_loop(args, train, classes, device):
@@ -572,29 +572,34 @@ def classifier_in_the_loop(args, train, classes, device):
     if len(train.classes) == 1:  # images without labels
         C = load_classifier(args.classifier, device, classes, args.image_size)
     else:
-        C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train",
-                              args.image_size, args.rho, device=device)
+        C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size,
+                              args.rho, device=device)
         rarest = [C.info["per_class_accuracy"][datasets.head_to_tail(train.counts)[-1]]]
     right = C.info["test_accuracy"]
     shown = ", ".join(f"{name} {x:.1%}" for name, x in right.items() if x is not None)
     print(f"classifier in the loop: {C.info['path']}, test images right: {shown}", flush=True)
     if args.reg_weight and min(right["tail"], *rarest) < 0.05:
-        print("warning: the classifier can hardly tell the tail. With one whose performance is 0 on "
-              "the rarest class, P's \"algorithm diverges and is not able to produce meaningful "
-              'results" (§4.4)', file=sys.stderr, flush=True)
+        say("the classifier can hardly tell the tail. With one whose performance is 0 on the rarest class, "
+            'P\'s "algorithm diverges and is not able to produce meaningful results" (§4.4)')
     return C
 
 
-def given_annotator(args, C, classes, device):
-    """The classifier that learnt from balanced data and counts samples; None if none is given."""
-    path = args.annotator
-    if path is None and (args.features or "").startswith("classifier:"):
-        path = args.features.removeprefix("classifier:")
-    if path is None:
+def find_annotator(args, C, classes, device, train_one=False):
+    """The classifier that learnt from balanced data and counts samples; None if it is yet to be trained."""
+    kind, _, of_features = (args.features or "").partition(":")
+    path = args.annotator or (of_features if kind == "classifier" else None)
+    in_loop = Path(C.info["path"]) if C else None
+    if path:
+        if in_loop and in_loop.samefile(path):
+            fail(f"{path} is the classifier in the loop; take another annotator")
+        return load_classifier(path, device, classes, args.image_size)
+    if not train_one:
         return None
-    if C is not None and Path(path).samefile(C.info["path"]):
-        fail(f"{path} is the classifier in the loop; take another annotator")
-    return load_classifier(path, device, classes, args.image_size)
+    annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
+                                  device=device)
+    if in_loop and in_loop.samefile(annotator.info["path"]):
+        say("the annotator is the classifier in the loop")
+    return annotator
 
 
 def load_split(args, split):
@@ -602,116 +607,87 @@ def load_split(args, split):
 
 
 def other_images(args):
-    """(split, ImageSet) of balanced real images that are not those of the final score.
+    """(split, ImageSet) of balanced real images that are not those of the final score, or (None, None).
 
-    (None, None) where there are none: a distance to long-tailed images would choose against the
-    method.
+    Balanced: a distance to long-tailed images would choose against the method.
     """
     scored = load_split(args, args.reference)
     for split in ("reference", "test", "train"):
-        try:
+        with contextlib.suppress(InputError):  # a folder without this split
             real = load_split(args, split)
-        except InputError:  # a folder without this split
-            continue
-        balanced = len(real.classes) > 1 and real.counts.max() == real.counts.min()
-        if balanced and not torch.equal(real.images, scored.images):
-            return split, real
+            balanced = len(real.classes) > 1 and real.counts.max() == real.counts.min()
+            if balanced and not torch.equal(real.images, scored.images):
+                return split, real
     return None, None
 
 
-class Choice(typing.NamedTuple):
-    """What the best weights are chosen by: the distance to these images in these features."""
-
-    network: typing.Any  # a FeatureNetwork of metrics.py
-    features: typing.Any  # (N, D), of the real images
-    split: str  # that they are from
-    words: str  # for the log and the protocol
-
-
 def how_to_choose(args, device):
-    """A Choice; None, with a warning, where none can be had."""
+    """What the best weights are chosen by: network, features (N, D) of real images, split, words for it.
+
+    A dict; empty, with a warning, where that can't be had.
+    """
     import metrics  # here: SciPy takes a second to import, and training need not wait for it
 
     split, real = other_images(args)
-    why = "there are no balanced images but those of the final score"
     try:
-        if real:
-            network, features = metrics.load_reference(
-                real, args.dataset, args.data_dir, args.features, split, args.rho, device)
-            words = f"{network.name} distance to {len(real.labels):,} balanced {split} images"
-            if split == "reference" and args.dataset in ("cifar10lt", "cifar100lt"):
-                words += ", those withheld from the GAN included"
-            return Choice(network, features, split, words)
-    except InputError as error:  # no weights for the features, and no network to get them
-        why = error
-    print(f"warning: the distance is not monitored: {why}", file=sys.stderr, flush=True)
-    return None
+        if real is None:
+            fail("there are no balanced images but those of the final score")
+        network, features = metrics.load_reference(
+            real, args.dataset, args.data_dir, args.features, split, args.rho, device)
+    except InputError as error:  # or no weights for the features, and no network to get them
+        say(f"the distance is not monitored: {error}")
+        return {}
+    words = f"{network.name} distance to {len(real.labels):,} balanced {split} images"
+    if split == "reference" and args.dataset in ("cifar10lt", "cifar100lt"):
+        words += ", those withheld from the GAN included"
+    return {"network": network, "features": features, "split": split, "words": words}
 
 
 def monitor(generator, N, choice, watchers, args, amp, device):
     """A row of the log: what samples of the averaged generator are like, and N.
 
-    monitored_distance, unless choice is None; kl_<name>: KL to uniform of what each watcher sees.
+    monitored_distance, if there is a choice; kl_<name>: KL to uniform of what each watcher sees.
     """
     import metrics
 
-    z, random = latents(args.monitor_images or KL_IMAGES, MONITOR, args.seed)
-    images = generate(generator, z, draw_labels(len(z), N, args.conditioning, random), amp)
+    n = args.monitor_images or KL_IMAGES
+    images = draw_samples(generator, n, MONITOR, args.seed, N, args, amp)
     row = {}
     if choice:
-        features, _ = metrics.extract_features(images, choice.network, device)
-        row["monitored_distance"] = metrics.frechet_distance(choice.features, features)
+        features, _ = metrics.extract_features(images, choice["network"], device)
+        row["monitored_distance"] = metrics.frechet_distance(choice["features"], features)
     for name, network in watchers.items():
-        seen = predict(network, images, device).numpy()
-        row[f"kl_{name}"] = metrics.kl_to_uniform(seen, len(N))
+        row[f"kl_{name}"] = metrics.kl_to_uniform(predict(network, images, device).numpy(), len(N))
     return row | {"N": N.tolist()}
 
 
 def describe_distribution(N):
     """For the log: KL of N to uniform; ratio of the two weightings, see `class_weights`."""
     ratio = class_weights(N, "paper") / class_weights(N, "sum-to-K")
-    kl = torch.special.xlogy(N, len(N) * N).sum()
-    return {"kl_of_N": kl.item(), "am_over_hm": ratio.mean().item()}
+    return {"kl_of_N": torch.special.xlogy(N, len(N) * N).sum().item(), "am_over_hm": ratio.mean().item()}
 
 
-def share_of_classes(seen, classes, counts):
-    """Prints, once, the share of each class in the samples, and KL to uniform, by each watcher.
+def share_of_classes(seen, classes, order):
+    """Prints, once, the share of each class in the samples, and KL to uniform, as each watcher sees them.
 
-    seen {name: (n,) int64, what it takes each sample for}; classes: their names; counts (K,): of the
-    training images. Returns {"kl_<name>": KL}, {"share_<name>": [share of each class]}.
+    seen {name: (n,) int64}; classes: names; order: from head to tail. Returns {"kl_<name>": KL} and,
+    for each of the K classes, {"share_<name>": share}.
     """
     import metrics
 
-    K = len(classes)
+    K, shown, which = len(classes), order, "each class"
+    if K > 20:
+        shown, which = [*order[:10], *order[-10:]], "ten classes of the head and ten of the tail"
     shares = {name: (torch.bincount(y, minlength=K) / len(y)).tolist() for name, y in seen.items()}
     kl = {name: metrics.kl_to_uniform(y.numpy(), K) for name, y in seen.items()}
-    shown, which = datasets.head_to_tail(counts), "each class"
-    if K > 20:
-        shown, which = [*shown[:10], *shown[-10:]], "ten classes of the head and ten of the tail"
     width = max(len(classes[k]) for k in shown)
-    print(f"share of {which} in {len(next(iter(seen.values())))} samples, and KL to uniform")
+    print(f"share of {which} in the samples, and KL to uniform")
     print(f"  {'':{width}}", *(f"{name:>10}" for name in seen))
     for k in shown:
         print(f"  {classes[k]:{width}}", *(f"{share[k]:10.2%}" for share in shares.values()))
     print(f"  {'KL':{width}}", *(f"{x:10.4f}" for x in kl.values()), flush=True)
-    return ({f"kl_{name}": x for name, x in kl.items()},
-            {f"share_{name}": share for name, share in shares.items()})
-
-
-def warn_of_reuse(args, best):
-    """A folder's reference may be its test split, and --reference may have changed."""
-    if torch.equal(load_split(args, best["split"]).images, load_split(args, args.reference).images):
-        print(f"warning: the {args.reference} images that score these weights have chosen them",
-              file=sys.stderr, flush=True)
-
-
-def trained_annotator(args, C, device):
-    """An annotator where none is given; the same for each run on this data set."""
-    annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
-                                  device=device)
-    if C is not None and Path(annotator.info["path"]).samefile(C.info["path"]):
-        print("warning: the annotator is the classifier in the loop", file=sys.stderr, flush=True)
-    return annotator
+    rows = [{f"share_{name}": share[k] for name, share in shares.items()} for k in range(K)]
+    return {f"kl_{name}": x for name, x in kl.items()}, rows
 
 
 def main(argv=None):
@@ -719,22 +695,20 @@ def main(argv=None):
     device = datasets.pick_device(args.device)
     amp = datasets.use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
-    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)
+    train = load_split(args, "train")
     classes = complete_settings(args, train)
     state = datasets.find_run(args, FREE)
     K, B, labelled = len(classes), args.batch_size, args.conditioning in LABELLED
-    unlabelled = len(train.classes) < K  # the images; then nobody knows which class is the head
+    unlabelled = len(train.classes) == 1  # training images: then nobody knows which class is the head
     counts = torch.ones(K) if unlabelled else train.counts
 
     # C, the classifier in the loop, and the annotator, which counts classes in the samples.
     C = classifier_in_the_loop(args, train, classes, device)
+    annotator = find_annotator(args, C, classes, device)
     in_loss = bool(args.reg_weight) or args.conditioning == "pretrained"
-    classifier_hash = None
-    if in_loss:
-        classifier_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest()
-    if state and state.get("classifier") != classifier_hash:
+    C_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
+    if state and state.get("classifier") != C_hash:
         fail(f"{run_dir} holds a run with another classifier in its loop; choose another --run-dir")
-    annotator = given_annotator(args, C, classes, device)
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
@@ -744,9 +718,9 @@ def main(argv=None):
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     average = datasets.Average(ema, G)
     adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=1e-6)  # eps: A
-    fused = device.type in ("cuda", "cpu")  # one kernel updates all weights
-    optimizer_G = torch.optim.Adam(G.parameters(), **adam, fused=fused)
-    optimizer_D = torch.optim.Adam(D.parameters(), **adam, fused=fused)
+    adam["fused"] = device.type in ("cuda", "cpu")  # one kernel updates all weights
+    optimizer_G = torch.optim.Adam(G.parameters(), **adam)
+    optimizer_D = torch.optim.Adam(D.parameters(), **adam)
     batches = datasets.Batches(train, B, flip=args.flip, device=device, seed=args.seed)
     log = datasets.Log(args, LOSSES, device)
     parts = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
@@ -767,25 +741,21 @@ def main(argv=None):
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
     precision, resumed = ", bf16" if amp else "", f"; resumed at step {start}" if start else ""
     print(f"GAN, conditioning {args.conditioning}, lambda {args.reg_weight:g}, on {args.dataset}: "
-          f"{len(train.labels)} images{' without labels' if unlabelled else ''}, {K} classes, "
-          f"{parameters[0]:,} + {parameters[1]:,} parameters; {device}{precision}; "
-          f"{run_dir}{resumed}", flush=True)
+          f"{len(train.labels)} images, {K} classes; {parameters[0]:,} + {parameters[1]:,} "
+          f"parameters; {device}{precision}; {run_dir}{resumed}", flush=True)
 
-    net_G, net_D, net_C = G, D, C
-    if args.compile:
-        net_G, net_D, net_C = torch.compile(G), torch.compile(D), C and torch.compile(C)
+    net_G, net_D, net_C = (torch.compile(n) if args.compile and n else n for n in (G, D, C))
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     grid_classes = datasets.grid_classes(counts)
-    watchers = {"annotator": annotator, "in_loop": C}
-    watchers = {name: network for name, network in watchers.items() if network is not None}
+    watchers = {name: n for name, n in (("annotator", annotator), ("in_loop", C)) if n is not None}
     N = effective_class_distribution(N_hat)
     w = class_weights(N, args.weighting).float().to(device)
     zero = torch.zeros((), device=device)
     done = start
     if start < args.steps and not args.eval_only:
         choose = args.monitor_images and args.monitor_every
-        choice = how_to_choose(args, device) if choose else None
-        if choice and best.get("chosen_by", choice.words) != choice.words:
+        choice = how_to_choose(args, device) if choose else {}
+        if choice and best.get("chosen_by", choice["words"]) != choice["words"]:
             best = {}  # by another distance
         datasets.write_config(args, device, bf16=amp, parameters=parameters,
                               classifier=C and C.info["path"])
@@ -804,8 +774,7 @@ def main(argv=None):
                 L_D = relativistic_loss(D_real, D_fake)  # Eq. 2
                 L_D_class = L_G_class = L_reg = zero
                 if args.conditioning == "acgan":  # each image has the label that it came with (A)
-                    L_D_class = F.cross_entropy(logits[:B], y)
-                    L_D_class = L_D_class + F.cross_entropy(logits[B:], y_fake)
+                    L_D_class = F.cross_entropy(logits[:B], y) + F.cross_entropy(logits[B:], y_fake)
                 optimizer_D.zero_grad()
                 (L_D + L_D_class).backward()
                 optimizer_D.step()
@@ -823,8 +792,9 @@ def main(argv=None):
 
                 L_G = relativistic_loss(D_fake, D_real)  # Eq. 3
                 if args.reg_weight:
-                    # TRY: p_hat = seen.softmax(1), and L_reg / B: each *image* is of all classes
                     p_hat = seen.softmax(1).mean(0)
+                    # TRY: class_balancing_regulariser(seen.softmax(1), w) / B. Then each *image* has
+                    # to be of all classes: hybrids.
                     L_reg = class_balancing_regulariser(p_hat, w)  # Eq. 7
                 if args.conditioning == "acgan":
                     L_G_class = F.cross_entropy(logits, y_fake)  # weight 1: A
@@ -840,7 +810,7 @@ def main(argv=None):
 
                 # Class statistics: of these fakes alone, for the cycles to come.
                 if args.reg_weight and not args.force_frequency:
-                    # TRY: F.one_hot(y, K): N is that of the data for ever, and the tail overshoots
+                    # TRY: c += F.one_hot(y, K).sum(0). N is the data's for ever: too much tail.
                     c += F.one_hot(seen.argmax(1), K).sum(0)
                     if done % args.cycle == 0:
                         N_hat = effective_class_frequency(N_hat, c.cpu(), args.alpha, args.beta)
@@ -857,7 +827,7 @@ def main(argv=None):
                     log.note(done, **row)
                     if row.get("monitored_distance", math.inf) < best.get("distance", math.inf):
                         best = {"distance": row["monitored_distance"], "step": done, "N": N,
-                                "split": choice.split, "chosen_by": choice.words,
+                                "split": choice["split"], "chosen_by": choice["words"],
                                 "ema": copy.deepcopy(ema.state_dict())}
                 if due(done, args.sample_every, args.steps):
                     grid = sample_grid(ema, C, grid_classes, N, args, amp, device)
@@ -865,7 +835,7 @@ def main(argv=None):
                 stopping = bool(stop)  # a signal that comes after this line is for the next step
                 if stopping or due(done, args.save_every, args.steps):
                     datasets.save(args, done, parts, device, N_hat=N_hat, c=c, best=best,
-                                  classifier=classifier_hash)
+                                  classifier=C_hash)
                 if stopping:
                     datasets.leave(stop, done, args)
 
@@ -879,33 +849,27 @@ def main(argv=None):
             N = best["N"]
             protocol |= {"step": best["step"], "weights": "best", "chosen_by": best["chosen_by"]}
             print(f"weights of step {best['step']}, chosen by the smallest {best['chosen_by']}")
-            warn_of_reuse(args, best)
-        z, random = latents(args.eval_images, FINAL, args.sample_seed)
-        y = draw_labels(len(z), N, args.conditioning, random)
-        if labelled:
-            y = datasets.balanced_labels(len(z), K)
-        images = generate(ema, z, y, amp)
-        # `predicted` stands in for labels where a classifier is trained on samples: Acc. in Table 1.
-        seen = {"in_loop": predict(C, images, device)} if C is not None else {}
-        samples = {"labels": y} if labelled else {"predicted": seen["in_loop"]}
-        datasets.save_samples(where / "samples.npz", images, **samples)
+            if torch.equal(load_split(args, best["split"]).images, load_split(args, args.reference).images):
+                say(f"the {args.reference} images that score these weights have chosen them")
+        y = datasets.balanced_labels(args.eval_images, K) if labelled else None
+        images = draw_samples(ema, args.eval_images, FINAL, args.sample_seed, N, args, amp, y)
+        # Without labels: what C takes the samples for, to train a classifier on (Table 1, Acc.).
+        labels = {"labels": y} if labelled else {"predicted": predict(C, images, device)}
+        datasets.save_samples(where / "samples.npz", images, **labels)
 
-        if annotator is None and not unlabelled:
-            annotator = trained_annotator(args, C, device)
+        annotator = find_annotator(args, C, classes, device, train_one=not unlabelled)
         if annotator is not None:
-            seen = {"annotator": predict(annotator, images, device)} | seen
+            watchers = {"annotator": annotator} | watchers
             protocol["annotator"] = annotator.info["path"]
-        totals, per_class = share_of_classes(seen, classes, counts)
-        taken_for = y if labelled else next(iter(seen.values()))
-        grid = datasets.rows_of(images, taken_for, grid_classes)
+        seen = {name: predict(network, images, device) for name, network in watchers.items()}
+        kl, shares = share_of_classes(seen, classes, datasets.head_to_tail(counts))
+        grid = datasets.rows_of(images, y if labelled else next(iter(seen.values())), grid_classes)
         datasets.write_grid(where / "samples" / "final.png", grid)
         if unlabelled:
-            print(f"{where / 'samples.npz'} is written but not scored: the images of {args.dataset} "
-                  "have no classes to compare with; metrics.py takes another --dataset")
-        else:
-            metrics.score_run(where, images, y if labelled else None, args, device,
-                              seen=seen["annotator"], protocol=protocol, totals=totals,
-                              per_class=per_class)
+            print(f"{where / 'samples.npz'} is written but not scored: {args.dataset} has no classes to "
+                  "compare with; metrics.py takes another --dataset")
+            return
+        metrics.score_run(where, images, y, args, device, seen["annotator"], protocol, kl, shares)
 
 
 if __name__ == "__main__":
