@@ -544,7 +544,7 @@ def random_inception(num_classes):
             module.momentum = 1.0  # the statistics of the next batch
     torch.nn.init.normal_(network.fc.bias)
     with torch.no_grad():
-        network(F.interpolate(torch.rand(4, 3, 8, 8), 200, mode="bilinear") * 2 - 1)
+        network(F.interpolate(torch.rand(4, 3, 8, 8), 120, mode="bilinear") * 2 - 1)
     return network.eval()
 
 
@@ -639,13 +639,13 @@ def test_inception_features(torch_home, networks):
 
 
 @torch.no_grad()
-def test_fid_probabilities_have_no_bias(torch_home, networks):
+def test_fid_probabilities_have_no_bias(torch_home, networks, monkeypatch):
+    monkeypatch.setattr(metrics, "INCEPTION_SIZE", 99)  # quicker; the features themselves do not matter here
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8))
-    network = metrics.load_feature_network("inception-fid")
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    metrics.load_fid_inception()
-    assert torch.equal(before, torch.get_rng_state())  # a training run that stops for its scores goes on unchanged
+    network = metrics.load_feature_network("inception-fid")
+    assert torch.equal(before, torch.get_rng_state())  # a training run that stops for its scores resumes unchanged
     found, probabilities = metrics.extract_features(images, network)
     last = networks[1008].fc
     assert found.shape == (2, 2048) and network.metric == "FID"
@@ -694,14 +694,15 @@ HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 @functools.cache
 def random_classifier(K):
-    """Random weights, and batch norms that have seen the test images."""
+    """Random weights, with batch norms that have seen test images."""
     torch.manual_seed(0)
     network = ResNet32(K, **HALF).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of the next batch
     with torch.no_grad():
-        network(datasets.load("shapes", "unused", "test", SIZE).images[::7] / 127.5 - 1)
+        logits = network(datasets.load("shapes", "unused", "test", SIZE).images[::7] / 127.5 - 1)
+        network.head.bias -= logits.mean(0)  # so that it sees every class now and then
     return network.eval()
 
 
@@ -775,8 +776,18 @@ def test_a_class_without_samples_is_missing_not_zero(data_dir, samples):
     only_head = labels < 4
     result = shapes_result(data_dir, images[only_head], labels[only_head])
     seen = result["tail"]["seen_share"]  # a classifier may see a class that was not asked for
-    assert seen < 0.1 and result["tail"] == dict.fromkeys(result["tail"]) | {"samples": 0, "seen_share": seen}
+    taken_for = random_classifier(10)(images[only_head] / 127.5 - 1).argmax(1)
+    assert seen == pytest.approx((taken_for >= 7).double().mean().item()) and result["tail"] == dict.fromkeys(result["tail"]) | {"samples": 0, "seen_share": seen}
     assert "tail" in metrics.format_table(result)
+
+
+def test_two_samples_of_a_class_are_enough_and_one_is_not(data_dir, samples):
+    images, labels = samples
+    few = torch.tensor([0, 1, 50, 51, 52, 100])  # two of class 0, three of 1, one of 2
+    rows = shapes_result(data_dir, images[few], labels[few], scores="fid,kid")["per_class"]
+    assert [row["samples"] for row in rows[:3]] == [2, 3, 1]
+    for name in ("fd", "kid"):
+        assert rows[0][name] is not None and rows[1][name] is not None and rows[2][name] is None
 
 
 def test_samples_without_labels(data_dir, samples):
@@ -843,6 +854,7 @@ def test_a_classifier_of_other_classes_is_refused(data_dir, samples):
 def test_evaluate_gives_every_score_asked_for(data_dir, samples):
     images, labels = samples
     keep = (labels != 8) & (labels != 9) | (torch.arange(500) < 405)  # five samples of class 8, none of 9
+    keep &= (labels != 5) | (torch.arange(500) < 270)  # 20 of class 5
     images, labels = images[keep], labels[keep]
     images[(labels == 3) | (labels == 4)] //= 2  # darker: KID is not just noise about 0
     result = shapes_result(data_dir, images, labels, scores="all")
@@ -860,6 +872,7 @@ def test_evaluate_gives_every_score_asked_for(data_dir, samples):
         clusters = 20 * len(classes)
         assert (row["f8"], row["f1_8"]) == pytest.approx(metrics.prd_f_beta(theirs, mine, clusters), abs=0.05)
     assert result["tail"]["fd"] > 0 and result["tail"]["recall"] is None  # of the thirds only what classes say
+    assert result["per_class"][5]["samples"] == 20 and result["per_class"][5]["f8"] is not None
     eight, nine = result["per_class"][8:]
     assert eight["kid"] is not None and eight["fd"] is not None  # two images are enough
     for name in ("precision", "recall", "density", "coverage", "f8", "f1_8"):
@@ -905,9 +918,10 @@ def test_radii_of_the_reference_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "neighbour_radii", lambda *a: calls.append(1) or compute(*a))
     again = metrics.reference_radii(x, parts, file)
     assert not calls and all(np.array_equal(again[name], radii[name], equal_nan=True) for name in parts)
-    metrics.reference_radii(x, parts | {"class": np.repeat([0, 1], 30)}, file)
+    halves = parts | {"class": np.repeat([0, 1], 30)}
+    metrics.reference_radii(x, halves, file)
     assert len(calls) == 3  # other classes: made again
-    other = metrics.reference_radii(x * 2, parts, file)
+    other = metrics.reference_radii(x * 2, halves, file)
     assert len(calls) == 6 and np.allclose(other["all"], 4 * radii["all"])  # other features; squared distances
 
 
@@ -1236,12 +1250,15 @@ def test_command_line_errors_are_one_line(run_script, tmp_path):
 
 
 def test_lpips_of_a_class_is_that_of_its_samples(tmp_path, monkeypatch, lpips_home):
-    """Class 0 repeats one image, class 1 varies: 0 for the first, the mean over its pairs for the second."""
+    """Class 0 repeats one image, class 1 varies: 0 for the first, the mean over its pairs for the second.
+
+    Class 2 has one sample, and so none.
+    """
     monkeypatch.setenv("TORCH_HOME", str(lpips_home[0].parent.parent))
     torch.manual_seed(0)
-    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    images, labels = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
     images[:4] = images[0]
-    data = datasets.ImageSet(images, labels, ["a", "b"])
+    data = datasets.ImageSet(images, labels, ["a", "b", "c"])
     monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
 
     def forward(x):
@@ -1251,12 +1268,13 @@ def test_lpips_of_a_class_is_that_of_its_samples(tmp_path, monkeypatch, lpips_ho
     monkeypatch.setattr(metrics, "load_feature_network", lambda *_: network)
     result = metrics.evaluate(images, labels, "folder:x", tmp_path, scores=["all"])
     _, alexnet, heads = lpips_home
-    pairs = {(i, j): lpips_of_a_pair(images[i], images[j], alexnet, heads) for i in range(8) for j in range(i)}
-    first, second = (row["lpips"] for row in result["per_class"])
+    pairs = {(i, j): lpips_of_a_pair(images[i], images[j], alexnet, heads) for i in range(9) for j in range(i)}
+    first, second, third = (row["lpips"] for row in result["per_class"])
     assert first == pytest.approx(0, abs=1e-9)
-    assert second == pytest.approx(np.mean([x for pair, x in pairs.items() if min(pair) > 3]), rel=1e-4)
+    assert second == pytest.approx(np.mean([x for pair, x in pairs.items() if min(pair) > 3 and max(pair) < 8]), rel=1e-4)
     assert result["all"]["lpips"] == pytest.approx(np.mean([*pairs.values()]), rel=1e-4)
-    assert result["all"]["intra_lpips"] == pytest.approx(second / 2) and "left_out" not in result["protocol"]
+    assert third is None and result["all"]["intra_lpips"] == pytest.approx(second / 2)
+    assert "left_out" not in result["protocol"]
 
 
 @pytest.mark.parametrize("K", [1, 2])
@@ -1273,7 +1291,10 @@ def test_few_classes_and_few_images_are_scored(tmp_path, monkeypatch, K):
 
     network = metrics.FeatureNetwork("stub", "FD", "0", forward, None)
     monkeypatch.setattr(metrics, "load_feature_network", lambda *_: network)
-    result = metrics.evaluate(images, labels, "folder:x", tmp_path, scores="fid,kid,pr,dc,prd,is")
+    scores = "all" if K == 1 else ["all"]  # but LPIPS, which needs 31 pixels
+    result = metrics.evaluate(images, labels, "folder:x", tmp_path, scores=scores)
+    assert result["protocol"]["scores"] == ["fid", "kid", "pr", "dc", "prd", "is"]
+    assert "31 pixels" in result["protocol"]["left_out"][0]
     assert result["all"]["f8"] is not None if K == 1 else result["tail"]["samples"] is None
     assert result["all"]["intra_precision_classes"] == (1 if K == 1 else K - 1)
     if K > 1:
