@@ -334,10 +334,9 @@ def rewarded_by_hand(logits, labels, _):
 @pytest.mark.parametrize("soft", [False, True])
 def test_training_is_what_it_says(tmp_path, monkeypatch, soft):
     """Every step of a run again, by hand from the same random numbers: order, crops, mirror images, class weights
-    from the fifth epoch on, rate, SGD with momentum and weight decay. With soft labels: entropy, and the held-out loss."""
-    epochs = 3 if soft else 5
-    args = parse_settings([*TINY, "--epochs", str(epochs), "--rho", "500", "--batch-size", "1000", "--schedule",
-                           "cosine" if soft else "steps", "--lr", "0.01", "--seed", "3", "--run-dir", str(tmp_path),
+    in the second epoch, rate, SGD with momentum and weight decay. With soft labels: entropy, and the held-out loss."""
+    args = parse_settings([*TINY, "--epochs", "2", "--rho", "500", "--batch-size", "600", "--schedule",
+                           "steps" if soft else "cosine", "--lr", "0.05", "--seed", "3", "--run-dir", str(tmp_path),
                            *(["--soft-labels", "--head", "linear"] if soft else [])])  # fmt: skip
     args.flip, args.crop_padding, args.weight_decay = True, 2, 0.02
     monkeypatch.setattr(classifier, "predict", lambda network, images, *_: torch.zeros(len(images), dtype=torch.int64))
@@ -353,23 +352,23 @@ def test_training_is_what_it_says(tmp_path, monkeypatch, soft):
     at_first = {name: w.clone() for name, w in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=0.9, weight_decay=0.02)
     generator = torch.Generator().manual_seed(3)
-    held_out_losses, steps = [], math.ceil(n / 1000)
-    assert 1 < steps and n % 1000
-    for epoch in range(epochs):
+    held_out_losses, steps = [], math.ceil(n / 600)
+    assert 1 < steps and n % 600
+    for epoch in range(2):
         order = torch.randperm(n, generator=generator)
         for i in range(steps):
-            chosen = order[1000 * i : 1000 * (i + 1)]
+            chosen = order[600 * i : 600 * (i + 1)]
             top, left = torch.randint(5, (2, len(chosen), 1), generator=generator)
             mirrored = torch.rand(len(chosen), 1, generator=generator) < 0.5
             crops = [crop(learnt.images[j].numpy(), top[k], left[k], 2, mirrored[k]) for k, j in enumerate(chosen)]
             x = torch.from_numpy(np.stack(crops)).to(memory_format=torch.channels_last)
             logits = network(x / 127.5 - 1)
-            weight = late if epoch == 4 else torch.ones(10)
+            weight = late if epoch == 1 else torch.ones(10)
             loss = (rewarded_by_hand if soft else focal_by_hand)(logits, learnt.labels[chosen], weight)
             passed = epoch + (i + 0.5) / steps  # epochs
-            rate = 0.01 * (1 if epoch < 4 else 0.01)
+            rate = 0.05 * (passed / 0.4 if passed < 0.4 else (1 + math.cos(math.pi * (passed - 0.4) / 1.6)) / 2)
             if soft:
-                rate = 0.01 * (passed / 0.6 if passed < 0.6 else (1 + math.cos(math.pi * (passed - 0.6) / 2.4)) / 2)
+                rate = 0.05 if epoch < 1 else 0.0005
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
             loss.backward()
@@ -381,9 +380,9 @@ def test_training_is_what_it_says(tmp_path, monkeypatch, soft):
             held_out_losses.append(rewarded_by_hand(logits, watched.labels, None).item())
             network.train()
     found, expected = weights_of(tmp_path), network.state_dict()
-    for name, w in expected.items():  # rounding grows from step to step; a thousandth of how far the weights have come
+    for name, w in expected.items():  # rounding grows from step to step; to a hundredth of how far the weights came
         moved = (w - at_first[name]).abs().max()
-        assert (found[name] - w).abs().max() <= 0.001 * moved and (moved > 0 or name in ("mean", "std")), name
+        assert (found[name] - w).abs().max() <= 0.01 * moved and (moved > 0 or name in ("mean", "std")), name
     if soft:
         assert [row["held_out_loss"] for row in log_of(tmp_path)] == pytest.approx(held_out_losses, rel=1e-3)
     assert [row["lr"] for row in log_of(tmp_path)][-1] == pytest.approx(rate)
@@ -595,7 +594,7 @@ def test_the_annotator_is_right(annotator, data_dir):
     # What a GAN's loop sees is what was counted when the annotator was trained, to the digit; other inputs are other images.
     assert annotator.info["test_accuracy"]["all"] == right
     with torch.no_grad():
-        x = test.images[::4].float() / 127.5 - 1
+        x = test.images[::20].float() / 127.5 - 1
         for mistaken in ((x + 1) / 2, (x - 0.5) / 0.5, 2 * x + 1):  # raw [0, 1]; normalised once more, or wrongly
             assert (annotator(mistaken) - annotator(x)).abs().mean() > 0.5
     assert annotator.info["path"] == str(data_dir / "classifier-shapes-16.pt")
