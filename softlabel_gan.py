@@ -26,8 +26,9 @@ for bit on the CPU with the same number of threads. Cost, on two cores of an AMD
 5.5 minutes with everything; cifar10imb 1.9 s for a step of D and one of G with 32 images (the
 paper's has four of 128 and one; never run in full).
 To aim at, on cifar10imb with one-hot, smoothed, soft labels (P, Table 2): FID 57.24, 66.75, 54.59;
-intra-FID 112.96, 125.31, 109.79. Mixup has FID 56.36, Oversample 59.03 (P, Table 4). P's Table 3
-has other FIDs for the same methods, and no reason. A class counts 149 to 2,232 images (P, Table 1).
+intra-FID 112.96, 125.31, 109.79; of 10,000 samples (P) against the balanced test images (A). Mixup
+has FID 56.36, Oversample 59.03 (P, Table 4). P's Table 3 has other FIDs for the same methods and
+gives no reason. 149 to 2,232 images count for a class (P, Table 1).
 
 P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose
 training loop does not run as released; CHOICE marks what none of them says. From A, because P does
@@ -42,11 +43,11 @@ of G at 32 pixels, flips, EMA. Where we differ:
     scripts: without colour).
   * The classifier of CIFAR and of the shapes is a ResNet-32 from scratch, P's backbone for CIFAR
     being unknown. That of larger images is a Wide-ResNet-101-2 with ImageNet's weights, as in A; P
-    does not mention them.
+    does not mention them. A tenth of the images decides when it stops; A trains it on all of them.
   * Samples are made with the batch statistics of training; A's 32-pixel scripts use those of each
     batch of samples.
-  * A scores the weights that had the best FID on the way, against the very images of the final
-    score; ours are the last. Both compare 10,000 samples with the balanced test images.
+  * The last weights are scored. A scores those that had the best FID on the way, against the very
+    images of the final score.
   * The vectors of spectral norm are copied into the averaged generator, not averaged.
   * bfloat16 where the hardware has it (`--amp off`: float32), fused Adam, real and fake images in
     one pass of D.
@@ -106,7 +107,7 @@ AT_32 = dict(
 AT_128 = AT_32 | dict(
     image_size=128, width=80, discriminator_width=80,  # A
     batch_size=32, lr=1e-4, lr_d=4e-4,  # P
-    d_steps=1, ema_start=40_000,  # A; ema_start: after as many images
+    d_steps=1, ema_start=40_000,  # A; ema_start: as many images as A's 20,000 batches of 64
     steps=453_000, save_every=2_000,
 )
 RECIPES = {
@@ -489,7 +490,7 @@ def noise_and_labels(n, d_z, K, device):
 def latents(n, d_z, kind, seed):
     """z (n, d_z) for samples to look at, from the CPU: the same on each device."""
     generator = torch.Generator().manual_seed(datasets.seed_from(kind, seed))
-    return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * : cleaner samples, more alike
+    return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * this: cleaner, more alike
 
 
 @torch.no_grad()
@@ -520,7 +521,7 @@ def sample_grid(generator, classes, K, args, amp):
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # as in the log: those of D's last step
+LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # as in the log; L_C: cotrain's classifier
 COUNTS_ABOVE = 0.01  # the probability from which an image counts for a class: P, §4.2
 
 
@@ -563,10 +564,9 @@ def main(argv=None):
     labels_hash = hashlib.sha256(told.numpy().tobytes()).hexdigest()
     if state and state.get("labels_hash") != labels_hash:
         fail(f"{run_dir} holds a run with other labels; choose another --run-dir")
-    counted = images_that_count(told, COUNTS_ABOVE).tolist()
-    if args.labels in ("mixup", "cotrain"):  # the loop makes their labels
-        counted = [None] * K
-    counted = [{"images_that_count": n} for n in counted]
+    counted = None  # with mixup and cotrain, which make their labels in the loop
+    if args.labels not in ("mixup", "cotrain"):
+        counted = images_that_count(told, COUNTS_ABOVE).tolist()
     grid_classes = datasets.grid_classes(train.counts)
     if p is not None:
         draw_borrowed(run_dir / "samples" / "borrowed.png", train, told, grid_classes)
@@ -608,8 +608,8 @@ def main(argv=None):
     d_z = latent_size(args.image_size)
     done, L_C = start, torch.zeros((), device=device)
     if start < args.steps and not args.eval_only:
-        labels = dict(zip(train.classes, counted, strict=True))
-        datasets.write_config(args, device, bf16=amp, parameters=parameters, labels=labels)
+        about = dict(bf16=amp, parameters=parameters, images_that_count=counted)
+        datasets.write_config(args, device, **about)
         with datasets.stop_signals() as stop, log.open(start, args.steps):
             for step in range(start, args.steps):
                 # Real images for all steps of D, and what D is told of them.
@@ -633,7 +633,7 @@ def main(argv=None):
                         L_C.backward()
                         optimizer_C.step()
 
-                    # Fakes. Both kinds of images in one pass, augmented.
+                    # Fakes, then the scores of real and fake images, augmented, in one pass.
                     z, y_f = noise_and_labels(B, d_z, K, device)
                     with autocast():
                         with torch.no_grad():
@@ -658,7 +658,7 @@ def main(argv=None):
                 optimizer_G.step()
 
                 done = step + 1
-                # TRY: update(0): the last step's G samples, and grids differ from one to the next
+                # TRY: update(0): samples are the last step's, and grids jump from one to the next
                 average.update(args.ema if done > args.ema_start else 0)
 
                 log.add(L_D, L_G, L_C, D_real.mean(), D_fake.mean())
@@ -682,7 +682,8 @@ def main(argv=None):
         images = generate(ema, z, classes, K, amp)
         datasets.save_samples(where / "samples.npz", images, labels=classes)
         protocol = {"step": done, "sample_seed": args.sample_seed}
-        metrics.score_run(where, images, classes, args, device, None, protocol, per_class=counted)
+        per_class = [{"images_that_count": n} for n in counted] if counted else None
+        metrics.score_run(where, images, classes, args, device, None, protocol, None, per_class)
 
 
 if __name__ == "__main__":
