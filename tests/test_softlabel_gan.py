@@ -726,7 +726,8 @@ def test_a_whole_run_leaves_everything_it_promises(annotator, labelled, tmp_path
     assert np.array_equal(images, samples_of("ema", 1, 65, labels).permute(0, 2, 3, 1).numpy())
     assert not np.array_equal(images, samples_of("G", 1, 65, labels).permute(0, 2, 3, 1).numpy())
     head_to_tail = torch.arange(10).repeat_interleave(10)  # of the shapes, the first class is the largest
-    assert torch.equal(shown["step-0000004.png"], samples_of("ema", 0, 10, head_to_tail))
+    off = shown["step-0000004.png"].int() - samples_of("ema", 0, 10, head_to_tail).int()
+    assert off.abs().max() <= 1  # the memory's layout differs, and so does the rounding
 
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert scores["protocol"]["step"] == 4 and scores["all"]["fd"] > 0
