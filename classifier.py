@@ -231,7 +231,7 @@ def complete(args, num_images, image_size):
         elif getattr(args, name) != value and name not in FREE:
             changed.append(f"{name.replace('_', '')}{getattr(args, name)}")
     if args.pretrained and not hasattr(NETWORKS[args.network], "load_imagenet"):
-        fail(f"--pretrained: there are no ImageNet weights for {args.network}; --init-from takes a classifier's")
+        fail(f"--pretrained: ImageNet's weights do not fit {args.network}; --init-from takes a classifier's")
     changed += ["relabelled"] if args.label_with else []
     samples = args.train_on or args.add
     where = Path(samples).parent if samples else Path("runs")

@@ -1,6 +1,8 @@
-"""How fast the project is, in one table: `python tests/benchmark.py [--threads 2] [--only training,sampling,...]`.
+"""How fast the project is, in one table: `python tests/benchmark.py [--threads 2] [--only
+training,sampling,...]`.
 
-Each row is a median with its smallest and largest. Training steps are those of main() itself, read from its log.jsonl;
+Each row is a median with its smallest and largest. Training steps are those of main() itself, read from its
+log.jsonl;
 functions that are compared run in turn (A B A B ...), so that a machine whose speed drifts does not decide.
 Not collected by pytest.
 """
@@ -48,7 +50,8 @@ def in_turn(functions, runs=5, warm_up=1):
 
 def row(name, values, unit, note=""):
     middle = statistics.median(values)
-    print(f"{name:<58} {middle:>10.4g} {unit:<10} [{min(values):.4g} .. {max(values):.4g}]  {note}", flush=True)
+    print(f"{name:<58} {middle:>10.4g} {unit:<10} [{min(values):.4g} .. {max(values):.4g}]  {note}",
+          flush=True)
     return middle
 
 
@@ -65,21 +68,25 @@ RUNS = {  # flags of main(), and the ways that are compared
     "cbgan": ("cbgan.py", ["--dataset", "cifar10lt", "--batch-size", "64", "--monitor-images", "0"], {
         "CBGAN": [], "CBGAN, float32": ["--amp", "off"], "without the regulariser": ["--reg-weight", "0"]}),
     "softlabel": ("softlabel_gan.py", ["--dataset", "cifar10imb", "--batch-size", "32", "--d-steps", "1"], {
-        "Softlabel-GAN": [], "Softlabel-GAN, float32": ["--amp", "off"], "one-hot labels": ["--labels", "onehot"]}),
+        "Softlabel-GAN": [], "Softlabel-GAN, float32": ["--amp", "off"],
+        "one-hot labels": ["--labels", "onehot"]}),
 }
 
 
 def made_up_cifar(data_dir):
-    """Prepared arrays of noise, with the classes of both CIFARs: the speed of a step does not depend on the pictures."""
+    """Prepared arrays of noise, with the classes of both CIFARs: the speed of a step does not depend on the
+    pictures."""
     for source, K in (("cifar10", 10), ("cifar100", 100)):
         for split, n in (("train", 50_000), ("test", 10_000)):
             images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
             classes = np.array([f"class{c}" for c in range(K)])
-            np.savez(Path(data_dir) / f"{source}-{split}-32.npz", images=images, labels=np.arange(n) % K, classes=classes)
+            np.savez(Path(data_dir) / f"{source}-{split}-32.npz", images=images, labels=np.arange(n) % K,
+                     classes=classes)
 
 
 def training(part, device):
-    """Seconds a step of main() itself, from its log, at the paper's size: every number is that of a whole training step."""
+    """Seconds a step of main() itself, from its log, at the paper's size: every number is that of a whole
+    training step."""
     script, flags, ways = RUNS[part]
     module = {"cbdm.py": cbdm, "cbgan.py": cbgan, "softlabel_gan.py": softlabel_gan}[script]
     datasets.LOG_EVERY = 1
@@ -90,16 +97,19 @@ def training(part, device):
         names = [f"class{c}" for c in range(10)]
         shares = dict.fromkeys(("all", "head", "middle", "tail"), 0.1)
         untrained = classifier.ResNet32(10, **classifier.CENTRED)
-        classifier.save_classifier(classifier_file, untrained, "cifar10", "train", names, 32, settings, shares, [0.1] * 10)
+        classifier.save_classifier(classifier_file, untrained, "cifar10", "train", names, 32, settings,
+                                   shares, [0.1] * 10)
         for name, more in ways.items():
             given = [] if script == "cbdm.py" or "onehot" in more else ["--classifier", str(classifier_file)]
             run_dir = Path(scratch) / name
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                module.main([*flags, *more, *given, "--steps", str(STEPS), "--sample-every", "0", "--eval-images", "0",
+                module.main([*flags, *more, *given, "--steps", str(STEPS), "--sample-every", "0",
+                             "--eval-images", "0",
                              "--save-every", "1000000", "--data-dir", scratch, "--run-dir", str(run_dir),
                              "--device", str(device)])
             lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-            row(f"{name}: a training step", [1 / line["steps_per_second"] for line in lines[2:]], "s", " ".join(flags[2:]))
+            row(f"{name}: a training step", [1 / line["steps_per_second"] for line in lines[2:]], "s",
+                " ".join(flags[2:]))
 
 
 def sampling(device):
@@ -107,7 +117,8 @@ def sampling(device):
     model = cbdm.UNet(100, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1).to(device).eval()
     args = cbdm.parse_settings(["--dataset", "cifar100lt", "--ddim-steps", "2"])
     amp = datasets.use_bf16("auto", device)
-    ways = [lambda amp=amp: cbdm.sample(model, torch.arange(16), args, amp, 0, "ddim") for amp in (amp, False)]
+    ways = [lambda amp=amp: cbdm.sample(model, torch.arange(16), args, amp, 0, "ddim") for amp in (amp,
+                                                                                                   False)]
     for name, seconds in zip(("", ", float32"), in_turn(ways, runs=3), strict=True):
         row(f"guided sampling step, 16 images{name}", [s / 2 for s in seconds], "s")
 
@@ -122,7 +133,8 @@ def frechet():
 
     def by_sqrtm(a, b):
         s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+        return ((a.mean(0)
+                 - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
 
     m = [(x.mean(0), np.cov(x, rowvar=False)) for x in (real, fake)]
     result = {}
@@ -132,14 +144,16 @@ def frechet():
 
     def theirs():
         (mu1, s1), (mu2, s2) = m
-        result["sqrtm"] = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+        result["sqrtm"] = ((mu1 - mu2) ** 2).sum() + np.trace(s1
+                                                              + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
 
     fast, slow = in_turn([ours, theirs], runs=3, warm_up=0)
     row("Frechet distance from moments, 2048 dimensions, ours", fast, "s", f"value {result['ours']:.6f}")
     row("Frechet distance from moments, 2048 dimensions, sqrtm", slow, "s", f"value {result['sqrtm']:.6f}")
     row("sqrtm / ours", [a / b for a, b in zip(slow, fast, strict=True)], "times")
     row("relative difference", [abs(result["ours"] / result["sqrtm"] - 1)], "")
-    row("from 10,000 x 2,048 features, ours", in_turn([lambda: metrics.frechet_distance(real, fake)], runs=3)[0], "s")
+    row("from 10,000 x 2,048 features, ours",
+        in_turn([lambda: metrics.frechet_distance(real, fake)], runs=3)[0], "s")
 
     labels = np.arange(5000) % 100
     few = real[:5000], labels, fake[:5000], labels
@@ -151,19 +165,22 @@ def frechet():
 
 
 def scores(device):
-    """Each score of 2,000 against 2,000 images with 2,048 features, ours and the plain way; then all, as `evaluate` does."""
+    """Each score of 2,000 against 2,000 images with 2,048 features, ours and the plain way; then all, as
+    `evaluate` does."""
     import scipy.cluster.vq
     from scipy.spatial.distance import cdist
     from torchvision.models import alexnet
 
     rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(2, 2000, 2048)).astype(np.float32) + rng.normal(size=(1, 2048)).astype(np.float32)
+    real, fake = rng.normal(size=(2, 2000,
+                                  2048)).astype(np.float32) + rng.normal(size=(1, 2048)).astype(np.float32)
     x, y = real.astype(np.float64), fake.astype(np.float64)
     k, clusters = 5, 400
 
     def balls():
         """Three whole tables of distances by differences, one of each set with itself."""
-        among, r, f = cdist(x, y), *(np.partition(cdist(a, a), k, 1)[:, k] for a in (x, y))  # place 0 is the image itself
+        # place 0 is the image itself
+        among, r, f = cdist(x, y), *(np.partition(cdist(a, a), k, 1)[:, k] for a in (x, y))
         a, b = among < r[:, None], among < f
         return a.any(0).mean(), b.any(1).mean(), a.sum() / k / len(y), a.any(1).mean()
 
@@ -179,10 +196,12 @@ def scores(device):
     def prd():
         """One clustering of ten, by SciPy: Lloyd, 10 rounds from random rows, float64."""
         mine = scipy.cluster.vq.kmeans2(np.concatenate([x, y]), clusters, iter=10, minit="points", rng=0)[1]
-        return metrics.f_beta(*metrics.prd_curve(*(np.bincount(m, minlength=clusters) / 2000 for m in np.split(mine, 2))), 8)
+        return metrics.f_beta(*metrics.prd_curve(*(np.bincount(m, minlength=clusters) / 2000
+                                                   for m in np.split(mine, 2))), 8)
 
     torch.manual_seed(0)
-    layers = alexnet().features[:-1].to(device).eval().requires_grad_(False)  # random weights: only the time counts
+    # random weights: only the time counts
+    layers = alexnet().features[:-1].to(device).eval().requires_grad_(False)
     widths = [layer.out_channels for layer in layers if isinstance(layer, torch.nn.Conv2d)]
     network = metrics.Lpips(layers, [torch.rand(c, 1, 1, device=device).double() for c in widths])
     images = torch.from_numpy(rng.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8))
@@ -191,7 +210,8 @@ def scores(device):
     def lpips():
         """Features once, then every pair by itself."""
         features = [f.double() for f in metrics.lpips_features(images.to(device), network)]
-        pairs = [sum(((f[i] - f[j]) ** 2 * w).sum(0).mean() for f, w in zip(features, network.weights, strict=True)).item()
+        pairs = [sum(((f[i] - f[j]) ** 2 * w).sum(0).mean() for f,
+                     w in zip(features, network.weights, strict=True)).item()
                  for i in range(100) for j in range(i)]  # fmt: skip
         return np.mean(pairs)
 
@@ -208,7 +228,8 @@ def scores(device):
         found[key] = f()
 
     for name, (ours, plain) in ways.items():
-        fast, slow = in_turn([functools.partial(run, "ours", ours), functools.partial(run, "plain", plain)], 2, 0)
+        fast, slow = in_turn([functools.partial(run, "ours", ours), functools.partial(run, "plain", plain)],
+                             2, 0)
         row(f"{name}, ours", fast, "s", f"value {found['ours']}")
         row(f"{name}, plain", slow, "s", f"value {found['plain']}")
         row(f"{name}, plain / ours", [a / b for a, b in zip(slow, fast, strict=True)], "times")
@@ -229,22 +250,27 @@ def scores(device):
         samples = torch.from_numpy(pixels[1]).permute(0, 3, 1, 2), torch.from_numpy(labels)
         together = 0.0
         for name in ("fid,is", "kid", "pr,dc", "prd"):  # the first also makes the features of the reference
-            [seconds] = in_turn([lambda: metrics.evaluate(*samples, "cifar100", scratch, device=device, scores=name)],  # noqa: B023
+            [seconds] = in_turn([lambda: metrics.evaluate(*samples, "cifar100", scratch, device=device,
+                                                          scores=name)],  # noqa: B023
                                 runs=1, warm_up=name == "fid,is")  # fmt: skip
-            row(f"10,000 against 10,000, 2048 features, 100 classes: {name}", seconds, "s", "and within thirds and classes")
+            row(f"10,000 against 10,000, 2048 features, 100 classes: {name}", seconds, "s",
+                "and within thirds and classes")
             together += seconds[0]
         row("all of them", [together], "s", "with four times the extraction of cheap features")
 
 
 def start_up(device, threads):
-    """Whole processes: from the command to the end of the first step, and the peak memory of one on CIFAR's size.
+    """Whole processes: from the command to the end of the first step, and the peak memory of one on CIFAR's
+    size.
 
-    Comes first: what the system reports of a child is at least what this process had when it started the child.
+    Comes first: what the system reports of a child is at least what this process had when it started the
+    child.
     """
     with tempfile.TemporaryDirectory() as scratch:
         images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
         names = np.array([f"class{c}" for c in range(100)])
-        np.savez(Path(scratch) / "cifar100-train-32.npz", images=images, labels=np.arange(50_000) % 100, classes=names)
+        np.savez(Path(scratch) / "cifar100-train-32.npz", images=images, labels=np.arange(50_000) % 100,
+                 classes=names)
         for name, flags in (("shapeslt, one step", ["--dataset", "shapeslt"]),
                             ("cifar100lt, one step of the paper's network", ["--dataset", "cifar100lt"])):
             seconds, memory = [], []
@@ -275,8 +301,10 @@ def main():
     print(f"torch {torch.__version__}, {where}; median [smallest .. largest]")
     for name in ("float32", "bfloat16"):
         row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
-    parts = {"start_up": lambda: start_up(device, args.threads), "sampling": lambda: sampling(device), "frechet": frechet,
-             "scores": lambda: scores(device)} | {part: functools.partial(training, part, device) for part in RUNS}
+    parts = {"start_up": lambda: start_up(device, args.threads), "sampling": lambda: sampling(device),
+             "frechet": frechet,
+             "scores": lambda: scores(device)} | {part: functools.partial(training, part,
+                                                                          device) for part in RUNS}
     for part in args.only.split(","):
         parts[part]()
 

@@ -1,7 +1,8 @@
 import os
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # as many in the processes that tests start: it decides the last bits
+# as many in the processes that tests start: it decides the last bits
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
 import subprocess
@@ -34,8 +35,10 @@ def judges(tmp_path_factory):
 
     where = tmp_path_factory.mktemp("judges")
     for name, dataset, split in (("loop", "shapeslt", "train"), ("annotator", "shapes", "reference")):
-        classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir", str(where / name)])
-    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop", "annotator")})
+        classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir",
+                         str(where / name)])
+    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop",
+                                                                                           "annotator")})
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +46,16 @@ def run_script():
     """run_script("cbdm.py", "--steps", 3, cwd=...) -> CompletedProcess with text output."""
 
     def run(*command, cwd, **kwargs):
-        return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, capture_output=True,
+        return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd,
+                              capture_output=True,
                               text=True, **kwargs)
 
     return run
 
 
 def edited(script, *changes):
-    """The module of a script in which some passages, (old, new), are replaced: what a reader tries at a TRY."""
+    """The module of a script in which some passages, (old, new), are replaced: what a reader tries at a
+    TRY."""
     source = (ROOT / script).read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{script} has {source.count(old)} times {old!r}"
@@ -67,10 +72,12 @@ def state_of(run_dir):
 
 
 def flat(state):
-    """Every tensor of a checkpoint under its path: networks, spectral-norm vectors, batch statistics, Adam's averages ..."""
+    """Every tensor of a checkpoint under its path: networks, spectral-norm vectors, batch statistics, Adam's
+    averages ..."""
     if isinstance(state, torch.Tensor):
         return {"": state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state,
+                                                                                         list | tuple) else ()
     return {f"{name}/{rest}": x for name, value in items for rest, x in flat(value).items()}
 
 

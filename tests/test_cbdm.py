@@ -1,6 +1,8 @@
-"""cbdm.py: each equation against a value found another way, the network's size, samplers, resume, errors, whole runs.
+"""cbdm.py: each equation against a value found another way, the network's size, samplers, resume, errors,
+whole runs.
 
-An untrained U-Net predicts almost nothing (its last layers start near zero), so tests that need a label to matter draw
+An untrained U-Net predicts almost nothing (its last layers start near zero), so tests that need a label to
+matter draw
 those layers anew first: `lively`.
 """
 
@@ -28,14 +30,17 @@ from datasets import InputError
 ALPHA_BAR = cbdm.noise_schedule("linear")
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
-TINY = ["--dataset", "shapeslt", "--channels", "8", "--multipliers", "1", "1", "--attention-level", "1", "--batch-size", "8",
-        "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0", "--device", "cpu"]
+TINY = ["--dataset", "shapeslt", "--channels", "8", "--multipliers", "1", "1", "--attention-level", "1",
+        "--batch-size", "8",
+        "--steps", "3", "--regularise-after", "0", "--sample-every", "0", "--eval-images", "0", "--device",
+        "cpu"]
 
 
 def lively(num_classes=5, channels=32, multipliers=(1, 2), dropout=0.0, seed=0):
     """A small U-Net in float64 whose near-zero layers are drawn anew, so that every input matters."""
     torch.manual_seed(seed)
-    model = cbdm.UNet(num_classes, channels, multipliers, blocks=1, attention_level=1, dropout=dropout).double()
+    model = cbdm.UNet(num_classes, channels, multipliers, blocks=1, attention_level=1,
+                      dropout=dropout).double()
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.xavier_uniform_(module.weight)
@@ -49,12 +54,13 @@ def noisy_batch(n=6, size=8, num_classes=5, seed=1):
     return x_t, t, torch.arange(n) % num_classes
 
 
-# ------------------------------------------------------------------------------------------------ schedule and Eq. 1
+# ------------------------------------------------------------------------------- schedule and Eq. 1
 
 
 def test_schedule_end_points():
     assert len(BETA) == len(ALPHA_BAR) == 1000
-    for t, value in {0: 0.9999, 1: 0.9997800921, 99: 0.8970181457, 499: 0.0785872429, 999: 4.0358298e-05}.items():
+    for t, value in {0: 0.9999, 1: 0.9997800921, 99: 0.8970181457, 499: 0.0785872429,
+                     999: 4.0358298e-05}.items():
         assert math.isclose(ALPHA_BAR[t], value, rel_tol=1e-7)
     assert (ALPHA_BAR.diff() < 0).all()
 
@@ -79,7 +85,8 @@ def test_cosine_schedule():
 
 
 def test_velocity_and_noise_are_the_same_statement():
-    x_0, eps = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    x_0, eps = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64,
+                           generator=torch.Generator().manual_seed(0)).unbind(0)
     for t in (0, 400, 999):
         times = torch.full((4,), t)
         v = cbdm.velocity(x_0, times, eps, ALPHA_BAR)
@@ -87,7 +94,8 @@ def test_velocity_and_noise_are_the_same_statement():
         a, d = math.atan2((1 - ALPHA_BAR[t]).sqrt(), ALPHA_BAR[t].sqrt()), 1e-6
         x = lambda a: math.cos(a) * x_0 + math.sin(a) * eps  # noqa: E731
         assert torch.allclose(v, (x(a + d) - x(a - d)) / (2 * d), atol=1e-7)
-        assert torch.allclose(cbdm.eps_of_velocity(v, cbdm.q_sample(x_0, times, eps, ALPHA_BAR), t, ALPHA_BAR), eps, atol=1e-9)
+        assert torch.allclose(cbdm.eps_of_velocity(v, cbdm.q_sample(x_0, times, eps, ALPHA_BAR), t,
+                                                   ALPHA_BAR), eps, atol=1e-9)
 
 
 def test_ddpm_loss_is_the_mean_over_pixels():
@@ -96,18 +104,21 @@ def test_ddpm_loss_is_the_mean_over_pixels():
     assert cbdm.ddpm_loss(h, eps).item() == pytest.approx(9 / (2 * 3 * 16))
 
 
-# ---------------------------------------------------------------------------------------------------------- Eq. 4
+# ----------------------------------------------------------------------------------------------------------
+# Eq. 4
 
 
 @pytest.fixture
 def predictions():
     g = torch.Generator().manual_seed(3)
     h, h_prime, eps = torch.randn(3, 6, 3, 4, 4, generator=g, dtype=torch.float64).unbind(0)
-    return h.requires_grad_(), h_prime.requires_grad_(), eps, torch.tensor([0, 10, 300, 500, 998, 999]), torch.ones(6).bool()
+    return h.requires_grad_(), h_prime.requires_grad_(), eps, torch.tensor([0, 10, 300, 500, 998,
+                                                                            999]), torch.ones(6).bool()
 
 
 def test_loss_and_gradients_in_closed_form(predictions):
-    """dL/dh = 2/N [(h - eps) + w (h - h')], dL/dh' = 2/N gamma w (h' - h), with w = tau t and N the number of entries."""
+    """dL/dh = 2/N [(h - eps) + w (h - h')], dL/dh' = 2/N gamma w (h' - h), with w = tau t and N the number of
+    entries."""
     h, h_prime, eps, t, labelled = predictions
     gamma, tau = 0.25, 0.001
     L_r, L_rc = cbdm.regularisers(h, h_prime, t, tau, labelled)
@@ -115,7 +126,8 @@ def test_loss_and_gradients_in_closed_form(predictions):
     loss.backward()
     w = (tau * t).double().view(-1, 1, 1, 1)
     a, b = h.detach().numpy(), h_prime.detach().numpy()
-    expected = sum(((a[i] - eps[i].numpy()) ** 2).sum() + (1 + gamma) * tau * t[i].item() * ((a[i] - b[i]) ** 2).sum()
+    expected = sum(((a[i] - eps[i].numpy()) ** 2).sum() + (1 + gamma) * tau * t[i].item()
+                   * ((a[i] - b[i]) ** 2).sum()
                    for i in range(6)) / h.numel()
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     d = (h - h_prime).detach()
@@ -146,7 +158,8 @@ def test_images_without_label_have_no_regulariser_but_count(predictions):
     none = cbdm.regularisers(h, h_prime, t, 0.001, torch.zeros(6).bool())
     assert none[0].item() == none[1].item() == 0
     one = cbdm.regularisers(h, h_prime, t, 0.001, torch.arange(6) == 3)[0]
-    assert one.item() == pytest.approx(0.5 * ((h[3] - h_prime[3]) ** 2).mean().item() / 6, rel=1e-12)  # t[3] = 500
+    # t[3] = 500
+    assert one.item() == pytest.approx(0.5 * ((h[3] - h_prime[3]) ** 2).mean().item() / 6, rel=1e-12)
 
 
 def test_stop_gradients_reach_the_label_table():
@@ -176,7 +189,8 @@ def test_label_distributions():
     counts = torch.tensor([int(500 * 0.01 ** (c / 99)) for c in range(100)])
     ratio = lambda q: (q[0] / q[-1]).item()  # noqa: E731
     train, bal, sqrt = (cbdm.label_distribution(counts, s) for s in ("train", "bal", "sqrt"))
-    assert ratio(train) == pytest.approx(100) and ratio(sqrt) == pytest.approx(10) and ratio(bal) == pytest.approx(1)
+    assert ratio(train) == pytest.approx(100) and ratio(sqrt) == pytest.approx(10)
+    assert ratio(bal) == pytest.approx(1)
     # the chance that y' = y, from the data: sum of p(y) q*(y)
     p = counts / counts.sum()
     for q, chance in ((train, 0.0238), (sqrt, 0.0174), (bal, 0.0100)):
@@ -185,7 +199,7 @@ def test_label_distributions():
     assert torch.equal(even[0], even[1]) and torch.allclose(even[1], even[2])
 
 
-# ---------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------- network
 
 
 @pytest.mark.parametrize("num_classes, parameters", [(10, 35_751_427), (100, 35_797_507)])
@@ -209,7 +223,8 @@ def test_attention_against_scaled_dot_product_attention():
     layer = cbdm.SelfAttention(32, groups=8)
     x = torch.randn(2, 32, 4, 4)
     tokens = lambda f: f(layer.norm(x)).flatten(2).transpose(1, 2)[:, None]  # noqa: E731
-    mixed = torch.nn.functional.scaled_dot_product_attention(tokens(layer.q), tokens(layer.k), tokens(layer.v))
+    mixed = torch.nn.functional.scaled_dot_product_attention(tokens(layer.q), tokens(layer.k),
+                                                             tokens(layer.v))
     expected = x + layer.out(mixed[:, 0].transpose(1, 2).reshape(x.shape))
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
@@ -227,7 +242,8 @@ def test_labels_matter_and_no_label_is_a_row_of_zeros():
     model = lively().eval()
     x_t, t, y = noisy_batch()
     with torch.no_grad():
-        out, other, none = model(x_t, t, y), model(x_t, t, (y + 1) % 5), model(x_t, t, torch.full_like(y, NO_LABEL))
+        out, other, none = model(x_t, t, y), model(x_t, t, (y + 1) % 5), model(x_t, t,
+                                                                               torch.full_like(y, NO_LABEL))
         assert (out - other).abs().amax((1, 2, 3)).min() > 1e-4
         assert (out - none).abs().amax((1, 2, 3)).min() > 1e-4
         model.label.weight[2] = 0
@@ -240,14 +256,16 @@ def test_both_labels_in_one_pass_are_two_passes():
     y_prime = (y + 2) % 5
     with torch.no_grad():
         h, h_prime = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, y_prime])).chunk(2)
-        assert torch.allclose(h, model(x_t, t, y), atol=1e-6) and torch.allclose(h_prime, model(x_t, t, y_prime), atol=1e-6)
+        assert torch.allclose(h, model(x_t, t, y),
+                              atol=1e-6) and torch.allclose(h_prime, model(x_t, t, y_prime), atol=1e-6)
 
 
 def test_initial_weights():
     model = cbdm.UNet(10, 32, (1, 2), 1, 1, 0.0)
     for module in model.modules():
         if isinstance(module, cbdm.ResidualBlock):
-            fan = 9 * (module.conv1.in_channels + module.conv1.out_channels)  # Xavier: variance 2 / (fan in + fan out)
+            # Xavier: variance 2 / (fan in + fan out)
+            fan = 9 * (module.conv1.in_channels + module.conv1.out_channels)
             assert module.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.05)
             assert module.conv2.weight.abs().max() < 1e-5 and module.conv1.bias.abs().max() == 0
         if isinstance(module, cbdm.SelfAttention):
@@ -256,7 +274,7 @@ def test_initial_weights():
     assert model.label.weight.std().item() == pytest.approx(1, rel=0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------- sampling
 
 
 def one_step_pair(t, seed=0):
@@ -271,7 +289,8 @@ def test_ancestral_mean_is_ho_et_als_formula(t):
     mean = cbdm.ancestral_step(x_t, eps, t, torch.zeros_like(z), False, ALPHA_BAR)
     expected = (x_t - BETA[t] / (1 - ALPHA_BAR[t]).sqrt() * eps) / (1 - BETA[t]).sqrt()
     assert torch.allclose(mean, expected, atol=1e-11)
-    assert torch.allclose(cbdm.ancestral_step(x_t, eps, t, z, False, ALPHA_BAR) - mean, BETA[t].sqrt() * z, atol=1e-12)
+    assert torch.allclose(cbdm.ancestral_step(x_t, eps, t, z, False, ALPHA_BAR) - mean, BETA[t].sqrt() * z,
+                          atol=1e-12)
 
 
 def test_last_ancestral_step_has_no_noise():
@@ -281,7 +300,8 @@ def test_last_ancestral_step_has_no_noise():
 
 
 def test_ancestral_variance_is_the_large_one():
-    """beta_t is 2.199 times the variance of the posterior at t = 1, and as large at 999 (Ho et al. 2020, §3.2)."""
+    """beta_t is 2.199 times the variance of the posterior at t = 1, and as large at 999 (Ho et al. 2020,
+    §3.2)."""
     x_t, eps, z = one_step_pair(1)
     for t, ratio in ((1, 2.199), (999, 1.0)):
         with_noise, without = (cbdm.ancestral_step(x_t, eps, t, s * z, False, ALPHA_BAR) for s in (1, 0))
@@ -294,7 +314,8 @@ def test_ddim_with_the_true_noise_follows_the_trajectory():
     x_t = cbdm.q_sample(x_0, torch.tensor([990, 990]), eps, ALPHA_BAR)
     for t, t_prev in ((990, 640), (640, 30)):
         x_t = cbdm.ddim_step(x_t, eps, t, t_prev, False, ALPHA_BAR)
-        assert torch.allclose(x_t, cbdm.q_sample(x_0, torch.tensor([t_prev, t_prev]), eps, ALPHA_BAR), atol=1e-10)
+        assert torch.allclose(x_t, cbdm.q_sample(x_0, torch.tensor([t_prev, t_prev]), eps, ALPHA_BAR),
+                              atol=1e-10)
     assert torch.allclose(cbdm.ddim_step(x_t, eps, 30, -1, False, ALPHA_BAR), x_0, atol=1e-10)
 
 
@@ -386,12 +407,14 @@ def test_samplers_recover_a_known_distribution():
             return ((1 - a).sqrt() * (x - a.sqrt() * m) / (a * s * s + 1 - a)).float()
 
     for sampler, tolerance in (("ancestral", 0.01), ("ddim", 0.02)):
-        args = sampling_settings(guidance=0.0, clip_x0=False, ddim_steps=100, prediction="eps", noise_schedule="linear")
+        args = sampling_settings(guidance=0.0, clip_x0=False, ddim_steps=100, prediction="eps",
+                                 noise_schedule="linear")
         x = cbdm.sample(Exact(), torch.zeros(64).long(), args, False, 0, sampler).double() / 127.5 - 1
-        assert x.mean().item() == pytest.approx(m, abs=tolerance) and x.std().item() == pytest.approx(s, abs=tolerance)
+        assert x.mean().item() == pytest.approx(m, abs=tolerance) and x.std().item() == pytest.approx(s,
+                                                                                                      abs=tolerance)
 
 
-# ------------------------------------------------------------------------------------------- settings and training
+# ------------------------------------------------------------------------------- settings and training
 
 
 def test_defaults_are_the_papers():
@@ -414,13 +437,15 @@ def test_learning_rate():
 
 def test_run_directory_says_what_differs():
     assert cbdm.parse_settings(["--dataset", "cifar100lt"]).run_dir == "runs/cbdm-cifar100lt-s0"
-    named = cbdm.parse_settings(["--dataset", "cifar100lt", "--tau", "0", "--seed", "3", "--device", "cpu"]).run_dir
+    named = cbdm.parse_settings(["--dataset", "cifar100lt", "--tau", "0", "--seed", "3", "--device",
+                                 "cpu"]).run_dir
     assert named == "runs/cbdm-cifar100lt-tau0.0-s3"
 
 
 def weights_of(run_dir):
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    return state, {**{"m." + k: v for k, v in state["model"].items()}, **{"e." + k: v for k, v in state["ema"].items()}}
+    return state, {**{"m." + k: v for k, v in state["model"].items()},
+                   **{"e." + k: v for k, v in state["ema"].items()}}
 
 
 def same_weights(a, b):
@@ -452,25 +477,32 @@ def randomise(model):
 
 
 LOOPS = {
-    "eps, bal": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.3, regularise_after=0.34),
-    "v, sqrt": dict(prediction="v", label_set="sqrt", gamma=2.0, tau=0.001, drop_rate=0.5, regularise_after=0.0),
-    "gamma 0, train": dict(prediction="eps", label_set="train", gamma=0.0, tau=0.02, drop_rate=0.1, regularise_after=0.0),
-    "whole batches": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.5, regularise_after=0.0,
+    "eps, bal": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.3,
+                     regularise_after=0.34),
+    "v, sqrt": dict(prediction="v", label_set="sqrt", gamma=2.0, tau=0.001, drop_rate=0.5,
+                    regularise_after=0.0),
+    "gamma 0, train": dict(prediction="eps", label_set="train", gamma=0.0, tau=0.02, drop_rate=0.1,
+                           regularise_after=0.0),
+    "whole batches": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.5,
+                          regularise_after=0.0,
                           drop_whole_batch=True, resample="uniform"),
-    "DDPM": dict(prediction="eps", label_set="train", gamma=0.25, tau=0.0, drop_rate=0.1, regularise_after=0.0),
+    "DDPM": dict(prediction="eps", label_set="train", gamma=0.25, tau=0.0, drop_rate=0.1,
+                 regularise_after=0.0),
 }
 
 
 @pytest.mark.parametrize("how", LOOPS)
 def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
-    """Six steps of main() against the same steps written here, from the same random numbers: Eq. 4, two passes, plain
+    """Six steps of main() against the same steps written here, from the same random numbers: Eq. 4, two
+    passes, plain
     autograd, Adam, a clipping that bites, the average of the weights. Only the network is the script's."""
     c, lr, beta2, decay, warmup, steps, B = LOOPS[how], 0.01, 0.9, 0.7, 2, 6, 8
     initialise = cbdm.UNet.initialise
     monkeypatch.setattr(cbdm.UNet, "initialise", lambda self: (initialise(self), randomise(self)))
     flags = [x for k, v in c.items() if v is not True for x in ("--" + k.replace("_", "-"), str(v))]
     flags += ["--drop-whole-batch"] if c.get("drop_whole_batch") else []
-    state = tiny_run(tmp_path, *flags, "--lr", lr, "--beta2", beta2, "--ema", decay, "--warmup", warmup, "--steps", steps,
+    state = tiny_run(tmp_path, *flags, "--lr", lr, "--beta2", beta2, "--ema", decay, "--warmup", warmup,
+                     "--steps", steps,
                      "--lr-schedule", "constant", "--noise-schedule", "linear", "--amp", "off", "--seed", "5")
 
     torch.manual_seed(5)
@@ -519,12 +551,14 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
             assert model.get_parameter(name).grad.abs().max() < 1e-6 * gradient.abs().max()
             continue
         for found, expected in ((state["model"][name], w), (state["ema"][name], averaged[name])):
-            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m,
+                                       name=name: f"{name}: {m}")
 
 
 def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "score_run", lambda *a, **k: None)
-    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp", "off",
+    flags = ["--steps", 3, "--eval-images", 20, "--ddim-steps", 2, "--ema", "0.5", "--warmup", 0, "--amp",
+             "off",
              "--dropout", "0.5"]
     state = tiny_run(tmp_path, *flags)
     args = cbdm.parse_settings([*TINY, *map(str, flags)])
@@ -533,7 +567,8 @@ def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
         network = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.5).eval()
         network.load_state_dict(state[which])
         labels = torch.arange(10).repeat_interleave(2)
-        expected[which] = cbdm.sample(network, labels, args, False, datasets.seed_from(0, 0), "ddim").permute(0, 2, 3, 1)
+        expected[which] = cbdm.sample(network, labels, args, False, datasets.seed_from(0, 0),
+                                      "ddim").permute(0, 2, 3, 1)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
         assert (samples["labels"] == labels.numpy()).all()
         assert np.array_equal(samples["images"], expected["ema"].numpy())
@@ -556,7 +591,8 @@ def test_flips_can_be_turned_off(tmp_path, monkeypatch):
     assert not all(x.numpy().tobytes() in known for batch in found for x in batch)
 
 
-# ------------------------------------------------------------------------------------- TRY: places to experiment
+# ------------------------------------------------------------------------------------- TRY: places to
+# experiment
 
 
 def test_try_the_same_pull_at_each_step(predictions):
@@ -566,7 +602,8 @@ def test_try_the_same_pull_at_each_step(predictions):
     each, first = torch.arange(T), torch.ones(T).bool()
     assert other(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.5)
     assert cbdm.regularisers(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.4995)
-    assert other(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0] > cbdm.regularisers(h[:1], zeros[:1], each[:1], 0.001,
+    assert other(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0] > cbdm.regularisers(h[:1], zeros[:1],
+                                                                                      each[:1], 0.001,
                                                                                       first[:1])[0]
 
 
@@ -598,7 +635,7 @@ def test_try_guidance_in_the_later_steps_alone():
     assert model.images == 2 * (3 * 1 + 7 * 2)
 
 
-# ------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------- resuming
 
 
 class Stopped(Exception):
@@ -623,7 +660,8 @@ def raise_stopped():
 
 
 def test_an_aborted_run_resumes_bit_for_bit(tmp_path, capsys, monkeypatch):
-    """Cut off in its tenth step, then the same command: weights, averages and losses of the run that was never stopped."""
+    """Cut off in its tenth step, then the same command: weights, averages and losses of the run that was
+    never stopped."""
     monkeypatch.setattr(datasets, "LOG_EVERY", 4)
     flags = ["--dropout", "0.1", "--save-every", "7", "--steps", "13"]
     tiny_run(tmp_path / "whole", *flags)
@@ -695,7 +733,8 @@ def test_a_folder_that_changed_since_is_refused(tmp_path):
     for c in range(3):
         (folder / "train" / f"class{c}").mkdir(parents=True)
         Image.fromarray(np.full((16, 16, 3), 40 * c, np.uint8)).save(folder / "train" / f"class{c}" / "0.png")
-    flags = ["--dataset", f"folder:{folder}", "--data-dir", tmp_path / "data", "--image-size", 16, "--blocks", 1, "--steps", 1]
+    flags = ["--dataset", f"folder:{folder}", "--data-dir", tmp_path / "data", "--image-size", 16, "--blocks",
+             1, "--steps", 1]
     tiny_run(tmp_path / "run", *flags)
     (folder / "train" / "class3").mkdir()
     Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(folder / "train" / "class3" / "0.png")
@@ -709,8 +748,10 @@ def test_fine_tuning_across_class_counts(tmp_path):
     for c in range(3):
         (folder / "train" / f"class{c}").mkdir(parents=True)
         for i in range(2 + c):
-            Image.fromarray(np.full((16, 16, 3), 40 * c + i, np.uint8)).save(folder / "train" / f"class{c}" / f"{i}.png")
-    size = ["--data-dir", str(tmp_path / "data"), "--image-size", "16", "--blocks", "1", "--lr", "1e-3", "--warmup", "0",
+            Image.fromarray(np.full((16, 16, 3), 40 * c + i,
+                                    np.uint8)).save(folder / "train" / f"class{c}" / f"{i}.png")
+    size = ["--data-dir", str(tmp_path / "data"), "--image-size", "16", "--blocks", "1", "--lr", "1e-3",
+            "--warmup", "0",
             "--prediction", "v", "--noise-schedule", "cosine"]
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
     cbdm.main([*TINY, *size, "--steps", "3", "--run-dir", str(first)])
@@ -722,13 +763,15 @@ def test_fine_tuning_across_class_counts(tmp_path):
     assert all(torch.equal(loaded[k], start[k]) for k in start)
     cbdm.main([*TINY, *size, *still, "--run-dir", str(other), "--dataset", f"folder:{folder}"])
     loaded = torch.load(other / "checkpoint.pt", weights_only=True)["model"]
-    assert [k for k in start if loaded[k].shape != start[k].shape or not torch.equal(loaded[k], start[k])] == ["label.weight"]
+    assert [k for k in start if loaded[k].shape != start[k].shape
+            or not torch.equal(loaded[k], start[k])] == ["label.weight"]
     assert loaded["label.weight"].shape == (3, 32)
 
 
 def test_each_option_of_the_method_trains(tmp_path):
     """Two steps with each: the losses logged are finite, and gamma 0 and tau 0 do what they say."""
-    for i, flags in enumerate((["--gamma", "0"], ["--regularise-after", "0.5"], ["--label-set", "bal"], ["--label-set", "sqrt"],
+    for i, flags in enumerate((["--gamma", "0"], ["--regularise-after", "0.5"], ["--label-set", "bal"],
+                               ["--label-set", "sqrt"],
                                ["--resample", "uniform"], ["--resample", "sqrt"], ["--drop-whole-batch"],
                                ["--drop-rate", "1"])):
         cbdm.main([*TINY, *flags, "--steps", "2", "--run-dir", str(tmp_path / str(i))])
@@ -738,19 +781,22 @@ def test_each_option_of_the_method_trains(tmp_path):
             assert row["L_r"] == row["L_rc"] == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------- runs
 
 
 def test_a_whole_run_leaves_everything_it_promises(tmp_path, judge_dir):
-    small = [*TINY, "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2", "--data-dir",
+    small = [*TINY, "--steps", "4", "--sample-every", "2", "--eval-images", "20", "--ddim-steps", "2",
+             "--data-dir",
              str(judge_dir), "--run-dir", str(tmp_path / "run")]
     cbdm.main(small)
     run = tmp_path / "run"
     config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__ and config["parameters"] > 0
+    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__
+    assert config["parameters"] > 0
     grids = sorted(p.name for p in (run / "samples").iterdir())
     assert grids == ["step-0000002.png", "step-0000004.png"]
-    assert Image.open(run / "samples" / grids[0]).size == (10 * 68 + 4, 10 * 68 + 4)  # ten by ten, 64 pixels and a gap of 4
+    # ten by ten, 64 pixels and a gap of 4
+    assert Image.open(run / "samples" / grids[0]).size == (10 * 68 + 4, 10 * 68 + 4)
     with np.load(run / "samples.npz", allow_pickle=False) as samples:
         assert samples["images"].shape == (20, 16, 16, 3) and samples["images"].dtype == np.uint8
         assert (np.bincount(samples["labels"]) == 2).all()
@@ -766,7 +812,8 @@ def test_missing_inception_weights_do_not_spoil_a_run(tmp_path, monkeypatch, cap
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    tiny_run(tmp_path / "run", "--steps", 1, "--eval-images", 10, "--ddim-steps", 2, "--features", "inception-fid")
+    tiny_run(tmp_path / "run", "--steps", 1, "--eval-images", 10, "--ddim-steps", 2, "--features",
+             "inception-fid")
     assert (tmp_path / "run" / "samples.npz").exists()
     out = capsys.readouterr().out
     assert "not scored" in out and "pt_inception-2015-12-05-6726825d.pth" in out
@@ -811,9 +858,11 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
         return model.images > 0, torch.equal(images, first)
 
     assert made_again(args) == (False, True)
-    assert made_again(sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})) == (False, True)
+    assert made_again(sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})) == (False,
+                                                                                                        True)
     assert made_again(sampling_settings(**vars(args) | {"eval_only": True})) == (True, True)
-    assert made_again(sampling_settings(**vars(args) | {"eval_only": True}))[0]  # the script may have been edited since
+    # the script may have been edited since
+    assert made_again(sampling_settings(**vars(args) | {"eval_only": True}))[0]
     assert made_again(args)[0]  # the samples there are now those of --eval-only
     assert made_again(sampling_settings(**vars(args) | {"gamma": 0.5}))[0]
     made_again(args)
@@ -824,15 +873,18 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
     assert made_again(args)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("flags", [
-    ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--tau", "-1"], ["--gamma", "inf"],
+    ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--tau", "-1"],
+    ["--gamma", "inf"],
     ["--ema", "1"], ["--drop-rate", "2"], ["--channels", "42"], ["--rho", "x"],
     ["--image-size", "17"], ["--ddim-steps", "1001"], ["--ddim-steps", "1"], ["--save-every", "0"],
-    ["--eval-images", "-1"], ["--rho", "0.5"], ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"],
-    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"], ["--scores", "fod"],
+    ["--eval-images", "-1"], ["--rho", "0.5"], ["--seed", "-1"], ["--device", "tpu"],
+    ["--dataset", "cifar100l"],
+    ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"],
+    ["--scores", "fod"],
     ["--init-from", "nowhere.pt"], ["--attention-level", "2"], ["--features", "classifier:nowhere.pt"],
 ])
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
@@ -840,13 +892,15 @@ def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         cbdm.main([*TINY, *flags])
     assert "\n" not in str(error.value) and len(str(error.value)) > 10
-    assert flags[0].strip("-").split("-")[0] in str(error.value).replace("image size", "image-size") or len(flags) == 2
+    assert flags[0].strip("-").split("-")[0] in str(error.value).replace("image size",
+                                                                         "image-size") or len(flags) == 2
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
 def test_errors_are_one_line_and_status_two(tmp_path, run_script):
     done = run_script("cbdm.py", *TINY, "--dataset", "shapslt", cwd=tmp_path)
-    assert done.returncode == 2 and "shapeslt" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "shapeslt" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_another_configuration_in_the_directory(tmp_path):

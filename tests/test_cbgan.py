@@ -1,4 +1,5 @@
-"""cbgan.py: each equation against a value found another way, the propositions, the networks, resume, errors, whole runs."""
+"""cbgan.py: each equation against a value found another way, the propositions, the networks, resume, errors,
+whole runs."""
 
 import copy
 import csv
@@ -23,15 +24,22 @@ import cbgan
 import classifier
 import datasets
 import metrics
-from cbgan import class_balancing_regulariser, class_weights, effective_class_distribution, effective_class_frequency
+from cbgan import (
+    class_balancing_regulariser,
+    class_weights,
+    effective_class_distribution,
+    effective_class_frequency,
+)
 from datasets import InputError
 
-CIFAR10_LT = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], dtype=torch.float64)  # rho = 100
+# rho = 100
+CIFAR10_LT = torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50], dtype=torch.float64)
 
 
 def settings(**changed):
     """What the networks read of the command line; the paper's SNDCGAN unless changed."""
-    plain = dict(architecture="sndcgan", image_size=32, width=64, discriminator_width=64, slope=0.1, conditioning="none",
+    plain = dict(architecture="sndcgan", image_size=32, width=64, discriminator_width=64, slope=0.1,
+                 conditioning="none",
                  generator_spectral_norm=False)
     return types.SimpleNamespace(**plain | changed)
 
@@ -40,7 +48,8 @@ def count(network):
     return sum(w.numel() for w in network.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------- Eqs 2 and 3
+# ------------------------------------------------------------------------------------------------------- Eqs
+# 2 and 3
 
 
 def test_relativistic_loss():
@@ -54,7 +63,8 @@ def test_relativistic_loss():
     assert huge.isfinite() and huge.item() == pytest.approx(2e4)
 
 
-# --------------------------------------------------------------------------------------- Eqs 5 and 6, class statistics
+# --------------------------------------------------------------------------------------- Eqs 5 and 6, class
+# statistics
 
 
 def test_effective_class_frequency_has_a_closed_form():
@@ -86,7 +96,8 @@ def test_without_counts_the_distribution_stays():
 
 
 def test_inaturalist_is_not_levelled():
-    """1010 classes, 256 counts a step, alpha = beta = .005: N follows the shares. With A's floor of 1 it could not."""
+    """1010 classes, 256 counts a step, alpha = beta = .005: N follows the shares. With A's floor of 1 it
+    could not."""
     rng = np.random.default_rng(0)
     share = np.exp(-np.linspace(0, math.log(50), 1010))
     share /= share.sum()
@@ -107,14 +118,16 @@ def test_labels_are_drawn_in_inverse_proportion():
     assert cbgan.draw_labels(5, N, "none") is None
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 7, the regulariser
+# ------------------------------------------------------------------------------------------------ Eq. 7, the
+# regulariser
 
 
 def test_regulariser_by_hand():
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     N = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     eq_7 = 0.5 * math.log(0.5) / 0.6 + 0.25 * math.log(0.25) / 0.3 + 0.25 * math.log(0.25) / 0.1
-    assert class_balancing_regulariser(p, class_weights(N, "paper")).item() == pytest.approx(eq_7 / 3)  # lambda / K
+    # lambda / K
+    assert class_balancing_regulariser(p, class_weights(N, "paper")).item() == pytest.approx(eq_7 / 3)
     w = np.array([1 / 0.6, 1 / 0.3, 1 / 0.1])
     w *= 3 / w.sum()
     assert class_weights(N, "sum-to-K").tolist() == pytest.approx(w.tolist())
@@ -123,9 +136,11 @@ def test_regulariser_by_hand():
 def test_both_weightings_agree_at_uniform():
     uniform = torch.full((10,), 0.1, dtype=torch.float64)
     p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10)))
-    values = [class_balancing_regulariser(p, class_weights(uniform, name)).item() for name in ("paper", "sum-to-K")]
+    values = [class_balancing_regulariser(p, class_weights(uniform, name)).item() for name in ("paper",
+                                                                                               "sum-to-K")]
     assert values == pytest.approx([(p * p.log()).sum().item()] * 2)
-    assert class_balancing_regulariser(uniform, class_weights(uniform, "paper")).item() == pytest.approx(-math.log(10))
+    assert class_balancing_regulariser(uniform,
+                                       class_weights(uniform, "paper")).item() == pytest.approx(-math.log(10))
 
 
 def test_the_weightings_differ_by_a_number():
@@ -133,9 +148,12 @@ def test_the_weightings_differ_by_a_number():
     ratio = class_weights(N, "paper") / class_weights(N, "sum-to-K")
     assert ratio.tolist() == pytest.approx([2.265625] * 10)
     cifar = CIFAR10_LT / CIFAR10_LT.sum()
-    assert (class_weights(cifar, "paper") / class_weights(cifar, "sum-to-K"))[0].item() == pytest.approx(6.17, abs=0.005)
-    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    g = [torch.autograd.grad(class_balancing_regulariser(logits.softmax(1).mean(0), class_weights(cifar, name)), logits)[0]
+    assert (class_weights(cifar, "paper")
+            / class_weights(cifar, "sum-to-K"))[0].item() == pytest.approx(6.17, abs=0.005)
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64,
+                         requires_grad=True)
+    g = [torch.autograd.grad(class_balancing_regulariser(logits.softmax(1).mean(0),
+                                                         class_weights(cifar, name)), logits)[0]
          for name in ("paper", "sum-to-K")]
     assert F.cosine_similarity(g[0].flatten(), g[1].flatten(), dim=0).item() == pytest.approx(1)
 
@@ -149,7 +167,8 @@ def test_a_class_that_is_never_generated_has_a_finite_weight():
     loss = class_balancing_regulariser(p, w)
     loss.backward()
     assert loss.isfinite() and p.grad.isfinite().all()
-    assert class_balancing_regulariser(torch.tensor([1.0, 0.0, 0.0]), torch.ones(3)).item() == pytest.approx(0, abs=1e-6)
+    assert class_balancing_regulariser(torch.tensor([1.0, 0.0, 0.0]),
+                                       torch.ones(3)).item() == pytest.approx(0, abs=1e-6)
     assert -3 / math.e <= loss.item() <= 0  # the bound of sum-to-K, lambda = 1
 
 
@@ -205,7 +224,8 @@ def test_proposition_2():
     assert nu == pytest.approx(-52.3563, abs=1e-3) and value == pytest.approx(-193.4748, abs=1e-3)
     found, minimum = minimise(N)
     assert np.abs(found - p).max() < 1e-4 and minimum == pytest.approx(value, rel=1e-6)
-    assert (np.diff(p) > 0).all()  # rarest first: the optimum overshoots, towards the classes with a small N_k
+    # rarest first: the optimum overshoots, towards the classes with a small N_k
+    assert (np.diff(p) > 0).all()
     assert p[-1] == pytest.approx(0.297896, abs=1e-5)
 
 
@@ -219,7 +239,8 @@ def test_uniform_is_the_fixed_point(K, nu):
 
 
 def test_bound_of_proposition_1():
-    """No minimum of the regulariser has more of a class than Eq. 16 allows; at the uniform N it has as much."""
+    """No minimum of the regulariser has more of a class than Eq. 16 allows; at the uniform N it has as
+    much."""
     rng = np.random.default_rng(0)
     for K in (3, 5, 10):
         for N in (*rng.dirichlet(np.full(K, 2.0), 5) * 0.9 + 0.1 / K, np.full(K, 1 / K)):
@@ -243,9 +264,11 @@ def test_two_classes_are_the_known_failure(tmp_path):
         cbgan.main([*run, "--run-dir", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("K, alpha, converges", [(10, 0.5, True), (100, 0.4, True), (100, 0.5, False), (10, 0.9, False)])
+@pytest.mark.parametrize("K, alpha, converges",
+                         [(10, 0.5, True), (100, 0.4, True), (100, 0.5, False), (10, 0.9, False)])
 def test_the_alternation_converges_where_alpha_is_below_2_over_log_K(K, alpha, converges):
-    """Cycles of 1000 images with a generator that obeys Eq. 7 at once: deviations shrink by 1 - alpha log K each time."""
+    """Cycles of 1000 images with a generator that obeys Eq. 7 at once: deviations shrink by 1 - alpha log K
+    each time."""
     assert converges == (alpha < 2 / math.log(K))
     N_hat = torch.full((K,), 1000 / K, dtype=torch.float64)
     N_hat[0] *= 1.002
@@ -270,7 +293,8 @@ def test_two_dimensional_ring():
         prior = torch.tensor([20 ** (-k / 4) for k in range(5)])
 
         def network(i, o):
-            return torch.nn.Sequential(torch.nn.Linear(i, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(),
+            return torch.nn.Sequential(torch.nn.Linear(i, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64),
+                                       torch.nn.ReLU(),
                                        torch.nn.Linear(64, o))
 
         def oracle(x):
@@ -287,7 +311,8 @@ def test_two_dimensional_ring():
             optimizers[1].step()
             fake = G(torch.randn(128, 8))
             q = oracle(fake).softmax(1)
-            loss = cbgan.relativistic_loss(D(fake), D(x)) + reg_weight * class_balancing_regulariser(q.mean(0), w)
+            loss = cbgan.relativistic_loss(D(fake),
+                                           D(x)) + reg_weight * class_balancing_regulariser(q.mean(0), w)
             optimizers[0].zero_grad()
             loss.backward()
             optimizers[0].step()
@@ -303,7 +328,7 @@ def test_two_dimensional_ring():
     assert kl(1.0) < 0.15 < kl(0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("architecture, size, conditioning, K, generator, discriminator", [
@@ -319,7 +344,8 @@ def test_two_dimensional_ring():
 ])  # fmt: skip
 def test_parameter_counts(architecture, size, conditioning, K, generator, discriminator, monkeypatch):
     """Those of P and A, but for the biases right before a batch norm: 448, 768 and 960 fewer."""
-    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)  # its QR decompositions would take most of the time
+    # its QR decompositions would take most of the time
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)
     args = settings(architecture=architecture, image_size=size, conditioning=conditioning)
     assert count(cbgan.build_generator(args, K)) == generator
     assert count(cbgan.Discriminator(args, K)) == discriminator
@@ -329,7 +355,8 @@ def test_parameter_counts(architecture, size, conditioning, K, generator, discri
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_shapes_and_ranges(architecture, size):
     torch.manual_seed(0)
-    args = settings(architecture=architecture, image_size=size, width=4, discriminator_width=4, conditioning="acgan")
+    args = settings(architecture=architecture, image_size=size, width=4, discriminator_width=4,
+                    conditioning="acgan")
     G, D, y = cbgan.build_generator(args, 3), cbgan.Discriminator(args, 3), torch.tensor([0, 1, 2, 0])
     x = G(torch.randn(4, 128), y)
     assert x.shape == (4, 3, size, size) and x.dtype == torch.float32 and x.abs().max() <= 1
@@ -338,7 +365,8 @@ def test_shapes_and_ranges(architecture, size):
     with torch.autocast("cpu", torch.bfloat16):
         assert G(torch.randn(4, 128), y).dtype == D(x)[0].dtype == torch.float32
     assert not any("BatchNorm" in type(m).__name__ for m in D.modules())
-    assert torch.allclose(D(x[:1])[0], D(x)[0][:1], atol=1e-2)  # but for the power method, no image depends on the others
+    # but for the power method, no image depends on the others
+    assert torch.allclose(D(x[:1])[0], D(x)[0][:1], atol=1e-2)
 
 
 def test_spectral_norm_of_every_weight_in_the_discriminator_is_one():
@@ -383,17 +411,20 @@ def test_discriminator_block_skips_with_the_raw_input():
     raw = block.conv2(act(block.conv1(act(x)))) + x
     assert torch.allclose(block(x), raw, atol=1e-6) and not torch.allclose(raw, raw - x + act(x), atol=1e-2)
     block = cbgan.DiscriminatorBlock(4, 6, 0.1, first=False, down=True)
-    by_hand = F.avg_pool2d(block.conv2(act(block.conv1(act(x)))) + block.skip(x), 2)  # convolution, then pooling
+    # convolution, then pooling
+    by_hand = F.avg_pool2d(block.conv2(act(block.conv1(act(x)))) + block.skip(x), 2)
     assert torch.allclose(block(x), by_hand, atol=1e-5)
     assert torch.equal(x, before)
     block = cbgan.DiscriminatorBlock(4, 6, 0.1, first=True, down=True)
-    assert torch.allclose(block(x), F.avg_pool2d(block.conv2(act(block.conv1(x))) + block.skip(x), 2), atol=1e-5)
+    assert torch.allclose(block(x), F.avg_pool2d(block.conv2(act(block.conv1(x))) + block.skip(x), 2),
+                          atol=1e-5)
 
 
 def test_conditional_batch_norm():
     torch.manual_seed(0)
     norm, x, y = cbgan.Norm(4, 3), torch.randn(6, 4, 5, 5) * 2 + 1, torch.tensor([0, 1, 2, 2, 1, 0])
-    plain = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
+    plain = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False,
+                                                           keepdim=True) + 1e-4).sqrt()
     by_hand = plain * (1 + norm.gain.weight[y])[:, :, None, None] + norm.shift.weight[y][:, :, None, None]
     assert torch.allclose(norm(x, y), by_hand, atol=1e-5)
     torch.nn.init.zeros_(norm.gain.weight)
@@ -403,10 +434,12 @@ def test_conditional_batch_norm():
 
 def test_projection_discriminator_by_hand():
     torch.manual_seed(0)
-    D = cbgan.Discriminator(settings(image_size=16, width=8, discriminator_width=8, conditioning="cgan"), 5).eval()
+    D = cbgan.Discriminator(settings(image_size=16, width=8, discriminator_width=8, conditioning="cgan"),
+                            5).eval()
     x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 4, 2, 2])
     h = D.layers(x).sum((2, 3))
-    by_hand = [(D.score.weight[0] @ h[i] + D.score.bias[0] + D.projection.weight[y[i]] @ h[i]).item() for i in range(4)]
+    by_hand = [(D.score.weight[0] @ h[i] + D.score.bias[0] + D.projection.weight[y[i]] @ h[i]).item()
+               for i in range(4)]
     assert D(x, y)[0].tolist() == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -420,11 +453,12 @@ def test_the_classifier_lets_gradients_through_and_keeps_none():
     assert all(torch.equal(before[k], v) for k, v in C.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------ the training loop
+# ------------------------------------------------------------------------------- the training loop
 
 
 def steps_by_hand(args, C):
-    """The steps of main() from the paper: cbgan's networks, plain autograd, Adam. Returns G, D, the average, N_hat, c."""
+    """The steps of main() from the paper: cbgan's networks, plain autograd, Adam. Returns G, D, the average,
+    N_hat, c."""
     torch.manual_seed(args.seed)
     K, B, how = 10, args.batch_size, args.conditioning
     G, D = cbgan.build_generator(args, K), cbgan.Discriminator(args, K)
@@ -487,20 +521,24 @@ def steps_by_hand(args, C):
 
 @pytest.fixture
 def tiny(judges):
-    return ["--dataset", "shapeslt", "--width", "8", "--discriminator-width", "8", "--batch-size", "8", "--steps", "3",
+    return ["--dataset", "shapeslt", "--width", "8", "--discriminator-width", "8", "--batch-size", "8",
+            "--steps", "3",
             "--sample-every", "0", "--eval-images", "0", "--monitor-every", "0", "--monitor-images", "0",
             "--classifier", judges.loop]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", [
     "--conditioning none", "--conditioning none --weighting paper", "--conditioning none --reg-weight 0",
-    "--conditioning uniform", "--conditioning inverse", "--conditioning acgan", "--conditioning acgan --reg-weight 0",
+    "--conditioning uniform", "--conditioning inverse", "--conditioning acgan",
+    "--conditioning acgan --reg-weight 0",
     "--conditioning cgan --reg-weight 0", "--conditioning pretrained --reg-weight 0",
 ])  # fmt: skip
 def test_the_loop_is_the_papers(flags, tiny, judges, tmp_path):
     """Seven steps of main() against steps_by_hand(): two cycles and a half, the average from step 4 on."""
-    # Adam turns the rounding of small gradients into whole steps: with a small rate these stay below the bound.
-    run = [*tiny, "--steps", "7", "--lr", "1e-5", "--amp", "off", "--device", "cpu", "--reg-weight", "3", "--cycle", "3",
+    # Adam turns the rounding of small gradients into whole steps: with a small rate these stay below the
+    # bound.
+    run = [*tiny, "--steps", "7", "--lr", "1e-5", "--amp", "off", "--device", "cpu", "--reg-weight", "3",
+           "--cycle", "3",
            "--alpha", "0.3",
            "--beta", "0.8", "--ema", "0.75", "--ema-start", "3", *flags.split()]  # fmt: skip
     cbgan.main([*run, "--run-dir", str(tmp_path)])
@@ -512,11 +550,12 @@ def test_the_loop_is_the_papers(flags, tiny, judges, tmp_path):
     for part, expected in (("G", G), ("D", D), ("ema", average)):
         assert state[part].keys() == expected.keys()
         for name, value in expected.items():
-            off = (state[part][name].double() - value.double()).abs()  # where Adam met only rounding: a step of 1e-5
+            # where Adam met only rounding: a step of 1e-5
+            off = (state[part][name].double() - value.double()).abs()
             assert off.max() < 3e-5 and (off < 2e-6).double().mean() > 0.98, (part, name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------- runs
 
 
 def start(*arguments, cwd):
@@ -526,8 +565,10 @@ def start(*arguments, cwd):
 
 
 def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch, capsys):
-    """The residual networks, with spectral norm and conditional batch norm in the generator, and labels drawn by N."""
-    common = [*tiny, "--architecture", "snresgan", "--conditioning", "inverse", "--generator-spectral-norm", "--cycle", "7",
+    """The residual networks, with spectral norm and conditional batch norm in the generator, and labels drawn
+    by N."""
+    common = [*tiny, "--architecture", "snresgan", "--conditioning", "inverse", "--generator-spectral-norm",
+              "--cycle", "7",
               "--steps", "30", "--ema-start", "10"]
     whole, stopped, calls, loss = tmp_path / "whole", tmp_path / "stopped", [], cbgan.relativistic_loss
     cbgan.main([*common, "--run-dir", str(whole)])
@@ -542,15 +583,19 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as caught:
         cbgan.main([*common, "--run-dir", str(stopped)])
     assert caught.value.code == 128 + signal.SIGTERM and state_of(stopped)["step"] == 17
-    assert f"stopped by signal {signal.SIGTERM.value} at step 17; the same command resumes" in capsys.readouterr().out
+    said = f"stopped by signal {signal.SIGTERM.value} at step 17; the same command resumes"
+    assert said in capsys.readouterr().out
     cbgan.main([*common, "--run-dir", str(stopped)])
     assert len(calls) == 2 * 30 and same_state(whole, stopped) and log_of(whole) == log_of(stopped)
 
 
 def test_a_killed_run_continues_bit_for_bit(tiny, judges, tmp_path, capsys):
-    """SIGKILL, then the same command: every tensor of the checkpoint and every loss of the run that was never stopped."""
-    common = [*tiny, "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data"), "--save-every", "7",
-              "--monitor-images", "20", "--monitor-every", "30", "--cycle", "20", "--steps", "101", "--ema-start", "10"]
+    """SIGKILL, then the same command: every tensor of the checkpoint and every loss of the run that was never
+    stopped."""
+    common = [*tiny, "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data"),
+              "--save-every", "7",
+              "--monitor-images", "20", "--monitor-every", "30", "--cycle", "20", "--steps", "101",
+              "--ema-start", "10"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(*common, "--run-dir", killed, cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -569,13 +614,16 @@ def test_a_killed_run_continues_bit_for_bit(tiny, judges, tmp_path, capsys):
 
 
 def test_only_the_generators_fakes_are_counted(tiny, judges, tmp_path):
-    """Sum of c = steps of the cycle times batch; a monitored distance in mid-cycle leaves the counts alone."""
+    """Sum of c = steps of the cycle times batch; a monitored distance in mid-cycle leaves the counts
+    alone."""
     run = [*tiny, "--cycle", "100", "--steps", "5"]
     cbgan.main([*run, "--run-dir", str(tmp_path / "a")])
-    cbgan.main([*run, "--run-dir", str(tmp_path / "b"), "--monitor-images", "30", "--monitor-every", "2", "--sample-every", "2",
+    cbgan.main([*run, "--run-dir", str(tmp_path / "b"), "--monitor-images", "30", "--monitor-every", "2",
+                "--sample-every", "2",
                 "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")])
     a, b = state_of(tmp_path / "a"), state_of(tmp_path / "b")
-    assert a["c"].sum() == 5 * 8 and torch.equal(a["c"], b["c"]) and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert a["c"].sum() == 5 * 8 and torch.equal(a["c"], b["c"]) and torch.equal(a["rng"]["cpu"],
+                                                                                 b["rng"]["cpu"])
     assert all(torch.equal(a["G"][k], b["G"][k]) for k in a["G"])
 
 
@@ -589,7 +637,8 @@ def test_average_of_the_generator(tiny, tmp_path):
     """Before --ema-start a copy; then average + (1 - decay) (value - average), batch statistics included."""
     states = []
     for steps in ("2", "3"):
-        cbgan.main([*tiny, "--ema", "0.75", "--ema-start", "2", "--steps", steps, "--run-dir", str(tmp_path / steps)])
+        cbgan.main([*tiny, "--ema", "0.75", "--ema-start", "2", "--steps", steps, "--run-dir",
+                    str(tmp_path / steps)])
         states.append(state_of(tmp_path / steps))
     assert all(torch.equal(states[0]["ema"][k], states[0]["G"][k]) for k in states[0]["G"])
     for k, value in states[1]["G"].items():
@@ -600,7 +649,8 @@ def test_average_of_the_generator(tiny, tmp_path):
 
 
 def test_vectors_of_spectral_norm_are_copied_not_averaged(tiny, tmp_path):
-    cbgan.main([*tiny, "--generator-spectral-norm", "--ema", "0.75", "--ema-start", "1", "--run-dir", str(tmp_path)])
+    cbgan.main([*tiny, "--generator-spectral-norm", "--ema", "0.75", "--ema-start", "1", "--run-dir",
+                str(tmp_path)])
     state = state_of(tmp_path)
     unit = [name for name in state["G"] if name.endswith(("_u", "_v"))]
     assert len(unit) == 2 * 4 and all(torch.equal(state["ema"][name], state["G"][name]) for name in unit)
@@ -637,15 +687,18 @@ def test_each_option_of_the_method_trains(flags, regularised, tiny, tmp_path):
     cbgan.main([*tiny, "--sample-every", "3", *flags.split(), "--run-dir", str(tmp_path)])
     row = log_of(tmp_path)[-1]
     assert all(math.isfinite(row[k]) for k in cbgan.LOSSES)
-    assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N" in row)
+    assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N"
+                                                                                                  in row)
     assert (row["L_G_class"] > 0) == ("acgan" in flags or "pretrained" in flags)
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
 def test_class_losses_of_the_baselines(tiny, judges, tmp_path):
-    """ACGAN: D learns the class of both halves. After one step of D alone (G's rate is shared, so looked at through Adam's
+    """ACGAN: D learns the class of both halves. After one step of D alone (G's rate is shared, so looked at
+    through Adam's
     averages) the class head has a gradient; cgan and pretrained have no head."""
-    cbgan.main([*tiny, "--conditioning", "acgan", "--steps", "1", "--amp", "off", "--run-dir", str(tmp_path / "a")])
+    cbgan.main([*tiny, "--conditioning", "acgan", "--steps", "1", "--amp", "off", "--run-dir",
+                str(tmp_path / "a")])
     torch.manual_seed(0)
     args = cbgan.parse_settings([*tiny, "--conditioning", "acgan"])
     G, D = cbgan.build_generator(args, 10), cbgan.Discriminator(args, 10)
@@ -664,19 +717,24 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__ and len(config["parameters"]) == 2
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["final.png", "step-0000002.png", "step-0000004.png"]
+    assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__
+    assert len(config["parameters"]) == 2
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["final.png", "step-0000002.png",
+                                                                   "step-0000004.png"]
     with np.load(run / "samples.npz", allow_pickle=False) as samples:
         assert sorted(samples) == ["images", "predicted"]
         assert samples["images"].shape == (60, 16, 16, 3) and samples["images"].dtype == np.uint8
-        images, predicted = torch.from_numpy(samples["images"]).permute(0, 3, 1, 2), torch.from_numpy(samples["predicted"])
+        images = torch.from_numpy(samples["images"]).permute(0, 3, 1, 2)
+        predicted = torch.from_numpy(samples["predicted"])
     scores = json.loads((run / "metrics.json").read_text())
     found = {}
     for name, path in (("annotator", judges.annotator), ("in_loop", judges.loop)):
         found[name] = cbgan.predict(classifier.load_classifier(path), images)
         r = torch.bincount(found[name], minlength=10) / 60
-        assert scores["all"][f"kl_{name}"] == pytest.approx(torch.special.xlogy(r, 10 * r).sum().item(), abs=1e-6)
-    assert scores["all"]["kl_to_uniform"] == scores["all"]["kl_annotator"] and torch.equal(found["in_loop"], predicted)
+        assert scores["all"][f"kl_{name}"] == pytest.approx(torch.special.xlogy(r, 10 * r).sum().item(),
+                                                            abs=1e-6)
+    assert scores["all"]["kl_to_uniform"] == scores["all"]["kl_annotator"] and torch.equal(found["in_loop"],
+                                                                                           predicted)
     with open(run / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["seen"]) for row in rows] == torch.bincount(found["annotator"], minlength=10).tolist()
@@ -698,7 +756,8 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
 
 
 def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_path):
-    common = ["--eval-images", "30", "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")]
+    common = ["--eval-images", "30", "--features", f"classifier:{judges.annotator}", "--data-dir",
+              str(tmp_path / "data")]
     cbgan.main([*tiny, *common, "--conditioning", "cgan", "--run-dir", str(tmp_path / "run")])
     with np.load(tmp_path / "run" / "samples.npz", allow_pickle=False) as samples:
         assert sorted(samples) == ["images", "labels"] and (np.bincount(samples["labels"]) == 3).all()
@@ -707,13 +766,17 @@ def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_p
 def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny, judges, tmp_path, capsys):
     measured, seeds = [], []
     latents, distance = cbgan.latents, metrics.load_reference
-    monkeypatch.setattr(cbgan, "latents", lambda n, kind, seed: seeds.append((kind, seed)) or latents(n, kind, seed))
-    monkeypatch.setattr(metrics, "load_reference", lambda real, *a: measured.append(real.images) or distance(real, *a))
-    run = [*tiny, "--monitor-images", "20", "--monitor-every", "3", "--features", f"classifier:{judges.annotator}",
+    monkeypatch.setattr(cbgan, "latents", lambda n, kind,
+                        seed: seeds.append((kind, seed)) or latents(n, kind, seed))
+    monkeypatch.setattr(metrics, "load_reference", lambda real,
+                        *a: measured.append(real.images) or distance(real, *a))
+    run = [*tiny, "--monitor-images", "20", "--monitor-every", "3", "--features",
+           f"classifier:{judges.annotator}",
            "--data-dir", str(tmp_path / "data"), "--eval-images", "20", "--run-dir", str(tmp_path / "run")]
     cbgan.main(run)
     choice, score = measured
-    assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [(cbgan.MONITOR, 0), (cbgan.FINAL, 0)]
+    assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [(cbgan.MONITOR, 0),
+                                                                                  (cbgan.FINAL, 0)]
     assert not torch.equal(latents(9, cbgan.MONITOR, 0)[0], latents(9, cbgan.FINAL, 0)[0])
     assert "have chosen them" not in capsys.readouterr().err
     cbgan.main([*run, "--eval-only", "--reference", "test"])
@@ -725,22 +788,27 @@ def hash_of(image):
 
 
 @pytest.mark.parametrize("splits, scored, expected", [
-    (("train", "test", "reference"), "reference", "test"), (("train", "test", "reference"), "test", "reference"),
-    (("train",), "reference", None), (("train", "test"), "test", None), (("train", "reference"), "reference", None),
+    (("train", "test", "reference"), "reference", "test"),
+    (("train", "test", "reference"), "test", "reference"),
+    (("train",), "reference", None), (("train", "test"), "test", None),
+    (("train", "reference"), "reference", None),
 ])  # fmt: skip
 def test_real_images_that_are_left_for_the_choice(splits, scored, expected, tmp_path):
     for i, split in enumerate(splits):
         for name in ("a", "b", "c"):
             (tmp_path / split / name).mkdir(parents=True)
-            for n in range(3 if (split, name) == ("train", "a") else 1):  # long-tailed, and so of no use for the choice
-                Image.fromarray(np.full((16, 16, 3), 40 * i + n, np.uint8)).save(tmp_path / split / name / f"{n}.png")
+            # long-tailed, and so of no use for the choice
+            for n in range(3 if (split, name) == ("train", "a") else 1):
+                Image.fromarray(np.full((16, 16, 3), 40 * i + n,
+                                        np.uint8)).save(tmp_path / split / name / f"{n}.png")
     args = dict(dataset=f"folder:{tmp_path}", data_dir=tmp_path / "data", image_size=16, rho=None)
     args = types.SimpleNamespace(reference=scored, **args)
     assert cbgan.other_images(args)[0] == expected
 
 
 def test_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Three classes, training images alone: classifiers are trained first, then the GAN, and everything is scored."""
+    """Three classes, training images alone: classifiers are trained first, then the GAN, and everything is
+    scored."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for c, n in enumerate((9, 5, 2)):
@@ -752,7 +820,8 @@ def test_a_folder_of_its_own(tmp_path, monkeypatch):
     for split in ("train", "reference"):
         classifier.main([*mine, "--split", split, "--epochs", "1", "--run-dir", split])
     cbgan.main([*mine, "--width", "8", "--discriminator-width", "8", "--batch-size",
-                "4", "--steps", "2", "--eval-images", "12", "--classifier", "train/classifier.pt", "--run-dir", "run",
+                "4", "--steps", "2", "--eval-images", "12", "--classifier", "train/classifier.pt",
+                "--run-dir", "run",
                 "--features", "classifier:reference/classifier.pt"])
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert scores["protocol"]["reference"] == "reference" and scores["protocol"]["reference_images"] == 16
@@ -767,7 +836,8 @@ def test_a_hundred_classes(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         images = rng.integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
-        np.savez(tmp_path / "data" / f"cifar100-{split}-16.npz", images=images, labels=np.arange(300) % 100, classes=names)
+        np.savez(tmp_path / "data" / f"cifar100-{split}-16.npz", images=images, labels=np.arange(300) % 100,
+                 classes=names)
     data = ["--dataset", "cifar100", "--image-size", "16"]
     for split in ("train", "reference"):
         classifier.main([*data, "--split", split, "--epochs", "1", "--run-dir", split])
@@ -775,10 +845,12 @@ def test_a_hundred_classes(tmp_path, monkeypatch, capsys):
                 "--monitor-every", "1", "--monitor-images", "9", "--eval-images", "200", "--run-dir", "run",
                 "--classifier", "train/classifier.pt", "--features", "classifier:reference/classifier.pt"])
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert scores["protocol"]["reference"] == "test" and state_of(tmp_path / "run")["best"]["split"] == "reference"
+    assert scores["protocol"]["reference"] == "test" and state_of(tmp_path
+                                                                  / "run")["best"]["split"] == "reference"
     assert scores["protocol"]["weights"] == "best" and scores["protocol"]["step"] in (1, 2)
     out = capsys.readouterr().out
-    assert "ten classes of the head and ten of the tail" in out and "class99" in out and "class50" not in out.split("ten of")[1]
+    assert "ten classes of the head and ten of the tail" in out and "class99" in out
+    assert "class50" not in out.split("ten of")[1]
 
 
 def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path, monkeypatch, capsys):
@@ -798,15 +870,18 @@ def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path, mo
     assert "the distance is not monitored" in said.err
 
 
-# ------------------------------------------------------------------------------------------------- settings and errors
+# ------------------------------------------------------------------------------- settings and errors
 
 
 def test_defaults_are_the_papers():
-    for flags, rho in ((["--dataset", "cifar10lt"], 100), (["--dataset", "cifar10"], None), (["--dataset", "cifar100lt"], 10)):
+    for flags, rho in ((["--dataset", "cifar10lt"], 100), (["--dataset", "cifar10"], None),
+                       (["--dataset", "cifar100lt"], 10)):
         args = cbgan.parse_settings(flags)
         assert (args.rho, args.lr, args.batch_size, args.reg_weight) == (rho, 2e-4, 256, None)
-        assert (args.beta1, args.beta2, args.steps, args.cycle, args.alpha, args.beta) == (0.5, 0.999, 100_000, 2000, 0.5, 1.0)
-        assert (args.ema, args.ema_start, args.eval_images, args.reference) == (0.9999, 20_000, 50_000, "test")
+        assert (args.beta1, args.beta2, args.steps, args.cycle, args.alpha,
+                args.beta) == (0.5, 0.999, 100_000, 2000, 0.5, 1.0)
+        assert (args.ema, args.ema_start, args.eval_images, args.reference) == (0.9999, 20_000, 50_000,
+                                                                                "test")
         assert args.architecture == ("snresgan" if "cifar100lt" in flags else "sndcgan")
     args = cbgan.parse_settings(["--dataset", "folder:x", "--recipe", "inat2019"])
     assert (args.conditioning, args.alpha, args.beta, args.cycle) == ("inverse", 0.005, 0.005, 1)
@@ -815,14 +890,17 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("recipe, rho, flags, expected", [
-    ("cifar10lt", 100, [], 10), ("cifar10lt", 10, [], 7.5), ("cifar10lt", 1, [], 5), ("cifar100lt", 10, [], 0.5),
+    ("cifar10lt", 100, [], 10), ("cifar10lt", 10, [], 7.5), ("cifar10lt", 1, [], 5),
+    ("cifar100lt", 10, [], 0.5),
     ("lsun5", 100, [], 10), ("inat2019", 50, [], 0.5), ("cifar10lt", 100, ["--conditioning", "cgan"], 0),
     ("cifar10lt", 100, ["--reg-weight", "3"], 3),
 ])  # fmt: skip
 def test_lambda_follows_the_imbalance_of_the_data(recipe, rho, flags, expected, tiny, tmp_path):
     """Table 5 by what the data are: a folder has no --rho to say so."""
-    small = ["--architecture", "sndcgan", "--image-size", "16", "--conditioning", "none", "--no-generator-spectral-norm"]
-    run = [*tiny, "--rho", str(rho), "--recipe", recipe, *small, *flags, "--steps", "1", "--run-dir", str(tmp_path)]
+    small = ["--architecture", "sndcgan", "--image-size", "16", "--conditioning", "none",
+             "--no-generator-spectral-norm"]
+    run = [*tiny, "--rho", str(rho), "--recipe", recipe, *small, *flags, "--steps", "1", "--run-dir",
+           str(tmp_path)]
     cbgan.main(run)
     assert state_of(tmp_path)["settings"]["reg_weight"] == expected
 
@@ -831,15 +909,20 @@ def test_run_directory_says_what_differs():
     assert cbgan.parse_settings(["--dataset", "cifar10lt"]).run_dir == "runs/cbgan-cifar10lt-s0"
     folder = cbgan.parse_settings(["--dataset", "folder:x", "--recipe", "lsun5"])
     assert folder.run_dir == "runs/cbgan-folder_x-recipelsun5-s0"
-    named = cbgan.parse_settings(["--dataset", "cifar10lt", "--rho", "10", "--reg-weight", "0", "--seed", "2"]).run_dir
+    named = cbgan.parse_settings(["--dataset", "cifar10lt", "--rho", "10", "--reg-weight", "0", "--seed",
+                                  "2"]).run_dir
     assert named == "runs/cbgan-cifar10lt-regweight0.0-rho10.0-s2"
 
 
 @pytest.mark.parametrize("flags", [
-    ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--reg-weight", "-1"], ["--alpha", "0"],
-    ["--alpha", "1.5"], ["--beta", "0"], ["--cycle", "0"], ["--ema", "1"], ["--width", "0"], ["--image-size", "17"],
-    ["--image-size", "8"], ["--save-every", "0"], ["--eval-images", "-1"], ["--monitor-images", "1"], ["--rho", "0.5"],
-    ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"], ["--steps", "many"], ["--no-such-flag"], ["--eval-only"],
+    ["--steps", "0"], ["--batch-size", "-3"], ["--lr", "nan"], ["--lr", "0"], ["--reg-weight", "-1"],
+    ["--alpha", "0"],
+    ["--alpha", "1.5"], ["--beta", "0"], ["--cycle", "0"], ["--ema", "1"], ["--width", "0"],
+    ["--image-size", "17"],
+    ["--image-size", "8"], ["--save-every", "0"], ["--eval-images", "-1"], ["--monitor-images", "1"],
+    ["--rho", "0.5"],
+    ["--seed", "-1"], ["--device", "tpu"], ["--dataset", "cifar100l"], ["--steps", "many"],
+    ["--no-such-flag"], ["--eval-only"],
     ["--classifier", "nowhere.pt"], ["--annotator", "nowhere.pt"], ["--features", "classifier:nowhere.pt"],
     ["--conditioning", "inverse", "--reg-weight", "0"], ["--force-frequency", "0"], ["--recipe", "lsun"],
     ["--force-frequency", "9", "--reg-weight", "0"],
@@ -856,8 +939,10 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(tiny, tmp_path, monkeypat
     for c in range(3):
         (tmp_path / "mine" / "train" / str(c)).mkdir(parents=True)
         for i in range(3):
-            Image.fromarray(np.full((16, 16, 3), 40 * c + i, np.uint8)).save(tmp_path / "mine" / "train" / str(c) / f"{i}.png")
-    run = [*tiny[2:-2], "--dataset", f"folder:{tmp_path}/mine", "--image-size", "16", "--data-dir", str(tmp_path / "data"),
+            Image.fromarray(np.full((16, 16, 3), 40 * c + i,
+                                    np.uint8)).save(tmp_path / "mine" / "train" / str(c) / f"{i}.png")
+    run = [*tiny[2:-2], "--dataset", f"folder:{tmp_path}/mine", "--image-size", "16", "--data-dir",
+           str(tmp_path / "data"),
            "--conditioning", "cgan", "--run-dir", str(tmp_path / "run")]
     cbgan.main(run)
     (tmp_path / "mine" / "train" / "0" / "2.png").unlink()
@@ -866,7 +951,8 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(tiny, tmp_path, monkeypat
     # nor with a classifier that has learnt from what is no longer there
     monkeypatch.chdir(tmp_path)
     where = tmp_path / "runs" / f"classifier-folder_{str(tmp_path).replace('/', '_')}_mine-16px-s0"
-    classifier.main(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16", "--epochs", "1", "--run-dir", str(where)])
+    classifier.main(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16", "--epochs", "1",
+                     "--run-dir", str(where)])
     (tmp_path / "mine" / "train" / "1" / "2.png").unlink()
     with pytest.raises(InputError, match="has learnt from other images"):
         classifier.frozen_classifier(f"folder:{tmp_path}/mine", "data", image_size=16)
@@ -874,11 +960,13 @@ def test_a_folder_that_has_changed_is_not_gone_on_with(tiny, tmp_path, monkeypat
 
 def test_errors_are_one_line_and_status_two(tmp_path, run_script):
     done = run_script("cbgan.py", "--dataset", "shapslt", cwd=tmp_path)
-    assert done.returncode == 2 and "shapeslt" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "shapeslt" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_classifier_for_something_else_is_refused_by_name(tiny, judges, tmp_path):
-    with pytest.raises(InputError, match="classifier.pt is for shapeslt.*16 pixels.*wanted are images of 32 pixels"):
+    with pytest.raises(InputError,
+                       match="classifier.pt is for shapeslt.*16 pixels.*wanted are images of 32 pixels"):
         cbgan.main([*tiny, "--image-size", "32", "--run-dir", str(tmp_path / "run")])
     run = [*tiny, "--eval-images", "20", "--annotator", judges.loop, "--run-dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match="is the classifier in the loop"):
@@ -891,7 +979,8 @@ def test_a_classifier_that_cannot_tell_the_tail_is_warned_of(tiny, judges, tmp_p
         accuracy = f"{tail}-{rarest}"
         checkpoint["test_accuracy"]["tail"], checkpoint["per_class_accuracy"] = tail, [0.0] * 9 + [rarest]
         torch.save(checkpoint, tmp_path / "c.pt")
-        cbgan.main([*tiny, "--classifier", str(tmp_path / "c.pt"), "--run-dir", str(tmp_path / str(accuracy))])
+        cbgan.main([*tiny, "--classifier", str(tmp_path / "c.pt"), "--run-dir",
+                    str(tmp_path / str(accuracy))])
         assert ("diverges and is not able to produce meaningful results" in capsys.readouterr().err) == warned
 
 
@@ -917,7 +1006,8 @@ def test_another_classifier_under_the_same_name_is_refused(tiny, judges, tmp_pat
     cbgan.main([*run, "--reg-weight", "0", "--run-dir", str(tmp_path / "without")])
     checkpoint["weights"]["head.bias"] += 1
     torch.save(checkpoint, path)
-    cbgan.main([*run, "--reg-weight", "0", "--run-dir", str(tmp_path / "without"), "--steps", "5"])  # it only looks on there
+    # it only looks on there
+    cbgan.main([*run, "--reg-weight", "0", "--run-dir", str(tmp_path / "without"), "--steps", "5"])
     assert state_of(tmp_path / "without")["step"] == 5
 
 

@@ -27,7 +27,8 @@ rng = np.random.default_rng(0)
 # Fréchet distance
 # --------------------------------------------------------------------------------------------------
 def by_sqrtm(real, fake):
-    """The formula as papers' code has it: the square root of the unsymmetric product of two full covariances."""
+    """The formula as papers' code has it: the square root of the unsymmetric product of two full
+    covariances."""
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     S1, S2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     root = scipy.linalg.sqrtm(S1 @ S2)
@@ -35,7 +36,8 @@ def by_sqrtm(real, fake):
 
 
 def by_symmetric_root(real, fake):
-    """Tr((S1 S2)^(1/2)) = Tr((R S2 R)^(1/2)) with R = S1^(1/2): for singular covariances, where sqrtm fails."""
+    """Tr((S1 S2)^(1/2)) = Tr((R S2 R)^(1/2)) with R = S1^(1/2): for singular covariances, where sqrtm
+    fails."""
     S1, S2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     values, vectors = np.linalg.eigh(S1)
     R = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
@@ -53,7 +55,8 @@ SINGULAR = pytest.mark.filterwarnings("ignore:Matrix is singular")  # says sqrtm
 
 
 @SINGULAR
-@pytest.mark.parametrize("n, m", [(500, 400), (33, 33), (10, 12), (2, 2), (32, 32), (10, 500), (500, 10), (32, 33)])
+@pytest.mark.parametrize("n, m",
+                         [(500, 400), (33, 33), (10, 12), (2, 2), (32, 32), (10, 500), (500, 10), (32, 33)])
 def test_frechet_distance_is_that_of_sqrtm(n, m):
     """More images than the 32 dimensions on both sides, fewer on both, and fewer on one."""
     real, fake = features(n), features(m, shift=0.5, seed=1)
@@ -84,12 +87,14 @@ def test_frechet_distance_of_a_shift(n):
 
 
 def test_frechet_distance_in_one_dimension():
-    real, fake = np.array([[0.0], [2.0], [4.0]]), np.array([[10.0], [11.0]])  # means 2, 10.5; deviations 2, sqrt(1/2)
+    # means 2, 10.5; deviations 2, sqrt(1/2)
+    real, fake = np.array([[0.0], [2.0], [4.0]]), np.array([[10.0], [11.0]])
     assert frechet_distance(real, fake) == pytest.approx(8.5**2 + (2 - math.sqrt(0.5)) ** 2)
 
 
 def test_frechet_distance_of_rank_deficient_features():
-    """Dead features and duplicates, as ReLU networks and collapsed generators make them, with more images than D."""
+    """Dead features and duplicates, as ReLU networks and collapsed generators make them, with more images
+    than D."""
     real, fake = features(300), features(200, shift=0.3, seed=1)
     real[:, 5:9] = 0
     real[:, 20] = real[:, 21]
@@ -107,7 +112,8 @@ def test_frechet_distance_of_rank_deficient_features():
 def test_moments_in_chunks():
     x = features(1001) + 1000  # a large mean: E[x^2] - E[x]^2 in float32 would lose the covariance
     mean, covariance = metrics.moments(x, rows=100)
-    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(covariance, np.cov(x.astype(np.float64).T))
+    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(covariance,
+                                                                           np.cov(x.astype(np.float64).T))
 
 
 @pytest.mark.parametrize("real, fake, message", [
@@ -138,7 +144,8 @@ def test_intra_fid_is_a_distance_for_each_class():
     expected = [by_sqrtm(real[real_labels == k], fake[fake_labels == k]) for k in range(3)]
     assert per_class[:3] == pytest.approx(expected, rel=1e-5)
     assert len(per_class) == 5 and np.isnan(per_class[3:]).all()
-    assert mean == pytest.approx(np.mean(expected), rel=1e-5) and deviation == pytest.approx(np.std(expected), rel=1e-4)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-5) and deviation == pytest.approx(np.std(expected),
+                                                                                             rel=1e-4)
     assert len(intra_fid(real, real_labels, fake, fake_labels, num_classes=9)[2]) == 9
     alone = intra_fid(real, np.zeros(60, int), fake, np.ones(50, int))
     assert math.isnan(alone[0]) and math.isnan(alone[1]) and np.isnan(alone[2]).all()
@@ -173,7 +180,8 @@ def kid_by_hand(real, fake):
         return (float(x @ y) / len(x) + 1) ** 3
 
     def among(a):
-        return sum(k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j) / (len(a) * (len(a) - 1))
+        return sum(k(a[i],
+                     a[j]) for i in range(len(a)) for j in range(len(a)) if i != j) / (len(a) * (len(a) - 1))
 
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     return among(real) + among(fake) - 2 * sum(k(x, y) for x in real for y in fake) / (len(real) * len(fake))
@@ -185,21 +193,27 @@ def test_kid_is_the_double_sum(monkeypatch, tile):
     monkeypatch.setattr(metrics, "TILE", tile)
     real, fake = features(40, 20), features(30, 20, shift=0.3, seed=1)
     expected = kid_by_hand(real, fake)
-    assert expected > 0.1 and metrics.kernel_inception_distance(real, fake) == pytest.approx(expected, abs=1e-9, rel=1e-9)
-    assert metrics.kernel_inception_distance(fake, torch.from_numpy(real)) == pytest.approx(expected, rel=1e-9)
+    assert expected > 0.1 and metrics.kernel_inception_distance(real, fake) == pytest.approx(expected,
+                                                                                             abs=1e-9,
+                                                                                             rel=1e-9)
+    assert metrics.kernel_inception_distance(fake, torch.from_numpy(real)) == pytest.approx(expected,
+                                                                                            rel=1e-9)
     # Papers print the mean over random subsets; it estimates the same number.
     chosen = np.random.default_rng(1)
-    subsets = [metrics.kernel_inception_distance(*(x[chosen.choice(len(x), 10, replace=False)] for x in (real, fake)))
+    subsets = [metrics.kernel_inception_distance(*(x[chosen.choice(len(x), 10,
+                                                                   replace=False)] for x in (real, fake)))
                for _ in range(400)]  # fmt: skip
     assert abs(np.mean(subsets) - expected) < 4 * np.std(subsets) / 20
 
 
 def test_kid_has_no_bias_by_sample_size_and_fid_has():
-    """Halves of one set: the same distribution, so the distance is 0. FID says 1/n of something else; KID says 0."""
+    """Halves of one set: the same distribution, so the distance is 0. FID says 1/n of something else; KID
+    says 0."""
     fid, kid = {}, {}
     for n in (50, 100, 200, 400):
         pairs = [(features(n, 16, seed=2 * i), features(n, 16, seed=2 * i + 1)) for i in range(20)]
-        mixing = np.diag(0.9 ** np.arange(16)).astype(np.float32)  # one distribution: `features` mixes by its seed
+        # one distribution: `features` mixes by its seed
+        mixing = np.diag(0.9 ** np.arange(16)).astype(np.float32)
         pairs = [[np.random.default_rng([n, i, side]).standard_normal((n, 16)).astype(np.float32) @ mixing
                   for side in (0, 1)] for i in range(len(pairs))]  # fmt: skip
         fid[n] = np.mean([frechet_distance(a, b) for a, b in pairs])
@@ -232,7 +246,8 @@ def sets_with_ties():
     r = np.random.default_rng(7)
     plain, other = features(60, 24), features(45, 24, shift=0.1, seed=1)
     far = features(60, 24) * np.float32(1e-3) + 1000  # |x|^2 + |y|^2 - 2 x.y loses nine digits here
-    lattice, lattice2 = r.integers(0, 3, (70, 4)).astype(np.float32), r.integers(0, 3, (50, 4)).astype(np.float32)
+    lattice, lattice2 = r.integers(0, 3, (70, 4)).astype(np.float32), r.integers(0, 3,
+                                                                                 (50, 4)).astype(np.float32)
     shared = np.concatenate([plain[:30], other[:20]])
     copies = np.repeat(other[:8], 7, 0)
     return {"plain": (plain, other), "same": (plain, plain), "permuted": (plain, plain[r.permutation(60)]),
@@ -250,10 +265,12 @@ def test_balls_are_those_of_brute_force_to_the_last_count(monkeypatch, name, til
         expected = brute_force(real, fake, k)
         found = (*metrics.precision_recall(real, fake, k), *metrics.density_coverage(real, fake, k))
         counts = np.array([len(fake), len(real), len(fake) * k, len(real)])
-        assert np.array_equal(np.rint(np.array(found) * counts), np.rint(np.array(expected) * counts)), (found, expected)
+        assert np.array_equal(np.rint(np.array(found) * counts),
+                              np.rint(np.array(expected) * counts)), (found, expected)
         assert found == pytest.approx(expected, abs=1e-12)
         known = metrics.neighbour_radii(real, k).numpy()
-        assert np.allclose(np.sqrt(known), np.sort(distances(real, real) + np.diag([np.inf] * len(real)), 1)[:, k - 1])
+        assert np.allclose(np.sqrt(known),
+                           np.sort(distances(real, real) + np.diag([np.inf] * len(real)), 1)[:, k - 1])
         assert metrics.balls(torch.from_numpy(real.copy()), torch.from_numpy(fake.copy()), k, known) == found
 
 
@@ -263,13 +280,16 @@ def test_what_precision_and_recall_are_known_to_be():
     assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95 and precision != recall
     assert metrics.precision_recall(fake, real) == (recall, precision)  # exchanged with the sets
     order = np.random.default_rng(3).permutation(200)
-    assert metrics.balls(real[order], fake[order[order < 150]]) == pytest.approx(metrics.balls(real, fake), abs=1e-12)
-    assert metrics.balls(real, real) == (1, 1, 1, 1)  # without duplicates each ball holds its own centre and k - 1 others
+    assert metrics.balls(real[order], fake[order[order < 150]]) == pytest.approx(metrics.balls(real, fake),
+                                                                                 abs=1e-12)
+    # without duplicates each ball holds its own centre and k - 1 others
+    assert metrics.balls(real, real) == (1, 1, 1, 1)
     assert metrics.balls(real, real + 1000) == (0, 0, 0, 0)
     collapsed = np.repeat(real[:1], 150, 0)  # one real image, again and again
     precision, recall, density, coverage = metrics.balls(real, collapsed)
     assert precision == 1 and recall == 0 and density > 0.1 and 0 < coverage < 0.1
-    # 0, 1, 2, 3 on a line, k = 1: all radii are 1. 0.5 is in two real balls, 3.5 in that of 3; distance 1 is not inside
+    # 0, 1, 2, 3 on a line, k = 1: all radii are 1. 0.5 is in two real balls, 3.5 in that of 3; distance 1 is
+    # not inside
     line = np.array([[0.0], [1], [2], [3]])
     fake = np.array([[0.5], [3.5], [4.0], [9.0]])  # radii 3, 0.5, 0.5, 5
     assert metrics.balls(line, fake, 1) == (2 / 4, 4 / 4, 3 / 4, 3 / 4)
@@ -309,13 +329,16 @@ def test_any_score_within_classes():
     real_labels, fake_labels = np.arange(90) % 4, np.arange(80) % 3  # class 3 has no fake images
     real_labels[real_labels == 2] = 3
     real_labels[:4] = 2  # class 2: four real images
-    mean, deviation, per_class = metrics.intra_class(metrics.precision_recall, real, real_labels, fake, fake_labels, least=6)
+    mean, deviation, per_class = metrics.intra_class(metrics.precision_recall, real, real_labels, fake,
+                                                     fake_labels, least=6)
     expected = [brute_force(real[real_labels == k], fake[fake_labels == k], 5)[:2] for k in (0, 1)]
-    assert per_class.shape == (4, 2) and per_class[:2] == pytest.approx(np.array(expected)) and np.isnan(per_class[2:]).all()
+    assert per_class.shape == (4, 2) and per_class[:2] == pytest.approx(np.array(expected))
+    assert np.isnan(per_class[2:]).all()
     assert mean == pytest.approx(np.mean(expected, 0)) and deviation == pytest.approx(np.std(expected, 0))
     kid = metrics.intra_class(metrics.kernel_inception_distance, real, real_labels, fake, fake_labels)
     by_hand = [kid_by_hand(real[real_labels == k], fake[fake_labels == k]) for k in range(3)]
-    assert kid[2][:3] == pytest.approx(by_hand) and kid[0] == pytest.approx(np.mean(by_hand)) and math.isnan(kid[2][3])
+    assert kid[2][:3] == pytest.approx(by_hand) and kid[0] == pytest.approx(np.mean(by_hand))
+    assert math.isnan(kid[2][3])
 
 
 @SINGULAR
@@ -323,7 +346,8 @@ def test_two_images_are_enough_for_a_distance_within_a_class_and_one_is_not():
     real, fake, labels = features(8, 4), features(8, 4, seed=1), np.repeat([0, 1, 2], [5, 2, 1])
     for score, by_hand in ((frechet_distance, by_sqrtm), (metrics.kernel_inception_distance, kid_by_hand)):
         _, _, per_class = metrics.intra_class(score, real, labels, fake, labels)
-        assert per_class[1] == pytest.approx(by_hand(real[5:7], fake[5:7]), rel=1e-4) and np.isnan(per_class[2])
+        assert per_class[1] == pytest.approx(by_hand(real[5:7], fake[5:7]),
+                                             rel=1e-4) and np.isnan(per_class[2])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,17 +361,21 @@ def modes(which, each, seed=0):
 
 
 def test_prd_of_histograms():
-    """20 equal modes, of which the generator makes half: precision = min(lambda / 2, 1), recall = min(1 / 2, 1 / lambda)."""
+    """20 equal modes, of which the generator makes half: precision = min(lambda / 2, 1), recall = min(1 / 2,
+    1 / lambda)."""
     p, q = np.full(20, 1 / 20), np.repeat([1 / 10, 0], 10)
     precision, recall = metrics.prd_curve(p, q)
     slope = np.tan(np.linspace(1e-6, np.pi / 2 - 1e-6, 1001))
-    assert precision == pytest.approx(np.minimum(slope / 2, 1)) and recall == pytest.approx(np.minimum(1 / 2, 1 / slope))
+    assert precision == pytest.approx(np.minimum(slope / 2,
+                                                 1)) and recall == pytest.approx(np.minimum(1 / 2, 1 / slope))
     # the corner of that curve is precision 1, recall 1/2: F = (1 + b^2) / (2 b^2 + 1) ... with b = 8 and 1/8
     corner = [65 / 2 / (64 + 1 / 2), (65 / 64) / 2 / (1 / 64 + 1 / 2)]
     assert [metrics.f_beta(precision, recall, b) for b in (8, 1 / 8)] == pytest.approx(corner, abs=1e-3)
     assert corner == pytest.approx([0.5039, 0.9848], abs=1e-4)
-    assert [metrics.f_beta(*metrics.prd_curve(q, p), b) for b in (8, 1 / 8)] == pytest.approx(corner[::-1], abs=1e-3)
-    assert [metrics.f_beta(*metrics.prd_curve(p, p), b) for b in (8, 1 / 8)] == pytest.approx([1, 1], abs=2e-3)
+    assert [metrics.f_beta(*metrics.prd_curve(q, p), b) for b in (8, 1 / 8)] == pytest.approx(corner[::-1],
+                                                                                              abs=1e-3)
+    assert [metrics.f_beta(*metrics.prd_curve(p, p), b) for b in (8, 1 / 8)] == pytest.approx([1, 1],
+                                                                                              abs=2e-3)
     assert metrics.f_beta(*metrics.prd_curve(p[:10] * 2, 0 * p[:10]), 8) == 0
 
 
@@ -360,7 +388,8 @@ def test_prd_sees_what_is_missing_and_what_is_wrong():
     assert f8 < 0.6 and f1_8 > 0.85
     f8, f1_8 = metrics.prd_f_beta(real, modes(range(20), 20, seed=1), 40)
     assert f8 > 0.85 and f1_8 < 0.6
-    assert max(metrics.prd_f_beta(real, modes(range(10, 20), 40), 80)) < 0.1  # a random start may give two modes one cluster
+    # a random start may give two modes one cluster
+    assert max(metrics.prd_f_beta(real, modes(range(10, 20), 40), 80)) < 0.1
     with pytest.raises(ValueError, match="30 clusters of 25 images"):
         metrics.prd_f_beta(real, real[:25], 30)
 
@@ -374,7 +403,8 @@ def test_prd_is_that_of_another_k_means():
     curves = []
     for seed in range(10):
         _, mine = scipy.cluster.vq.kmeans2(both, 20, minit="++", rng=np.random.default_rng(seed))
-        curves.append(metrics.prd_curve(*(np.bincount(part, minlength=20) / 300 for part in np.split(mine, 2))))
+        curves.append(metrics.prd_curve(*(np.bincount(part, minlength=20) / 300 for part in np.split(mine,
+                                                                                                     2))))
     single = [metrics.prd_f_beta(real, fake, 20, clusterings=1, seed=seed) for seed in range(10)]
     found = metrics.prd_f_beta(real, fake, 20)
     for i, beta in enumerate((8, 1 / 8)):
@@ -382,11 +412,13 @@ def test_prd_is_that_of_another_k_means():
         assert 0.003 < spread < 0.1
         assert abs(found[i] - metrics.f_beta(*np.mean(curves, 0), beta)) < 3 * spread
     assert metrics.prd_f_beta(real, fake, 20) == found  # seeded
-    assert metrics.prd_f_beta(real, np.concatenate([fake, fake]), 20) == pytest.approx(found, abs=0.1)  # unequal numbers
+    # unequal numbers
+    assert metrics.prd_f_beta(real, np.concatenate([fake, fake]), 20) == pytest.approx(found, abs=0.1)
 
 
 def test_k_means_is_as_good_as_lloyds():
-    """Within-cluster squares of SciPy's k-means from random rows too, which goes over all rows until nothing moves."""
+    """Within-cluster squares of SciPy's k-means from random rows too, which goes over all rows until nothing
+    moves."""
     import scipy.cluster.vq
 
     x = features(600, 10)
@@ -394,8 +426,10 @@ def test_k_means_is_as_good_as_lloyds():
     def squares(mine):
         return sum(((x[mine == c] - x[mine == c].mean(0)) ** 2).sum() for c in np.unique(mine))
 
-    ours = [squares(metrics.k_means(torch.from_numpy(x), 15, np.random.default_rng(s)).numpy()) for s in range(10)]
-    lloyd = [squares(scipy.cluster.vq.kmeans2(x, 15, minit="points", rng=np.random.default_rng(s))[1]) for s in range(10)]
+    ours = [squares(metrics.k_means(torch.from_numpy(x), 15,
+                                    np.random.default_rng(s)).numpy()) for s in range(10)]
+    lloyd = [squares(scipy.cluster.vq.kmeans2(x, 15, minit="points",
+                                              rng=np.random.default_rng(s))[1]) for s in range(10)]
     assert np.mean(lloyd) * 0.95 < np.mean(ours) < np.mean(lloyd) * 1.1 < squares(np.arange(600) % 15) / 2
 
 
@@ -403,8 +437,10 @@ def test_k_means_takes_two_passes():
     """By hand on a line, from centres at 0 and 1: what the second pass changes."""
     in_order = types.SimpleNamespace(permutation=np.arange)  # starts from the first two rows
     x = torch.tensor([[0.0], [1.0], [2.5], [9.0]])
-    # Pass 1: 0 to the first centre, which stays at 0; 1, 2.5 and 9 to the second, which moves to 4.17: 2.5 is nearer to it.
-    # Pass 2: 0 and 1 to the first, now the mean of 0, 0, 1: 0.33; 2.5 and 9 to the second, now the mean of 1, 2.5, 9, 2.5, 9:
+    # Pass 1: 0 to the first centre, which stays at 0; 1, 2.5 and 9 to the second, which moves to 4.17: 2.5 is
+    # nearer to it.
+    # Pass 2: 0 and 1 to the first, now the mean of 0, 0, 1: 0.33; 2.5 and 9 to the second, now the mean of 1,
+    # 2.5, 9, 2.5, 9:
     # 4.8. 2.5 is off by 2.17 and 2.3: the first has it.
     assert metrics.k_means(x, 2, in_order).tolist() == [0, 0, 0, 1]
     assert metrics.k_means(x, 2, in_order, passes=1).tolist() == [0, 0, 1, 1]
@@ -415,7 +451,8 @@ def test_k_means_takes_two_passes():
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def lpips_home(tmp_path_factory):
-    """A TORCH_HOME with the weights of AlexNet and of LPIPS under their published names; and the two networks."""
+    """A TORCH_HOME with the weights of AlexNet and of LPIPS under their published names; and the two
+    networks."""
     from torchvision.models import AlexNet_Weights, alexnet
 
     with pytest.MonkeyPatch.context() as patch:
@@ -433,7 +470,8 @@ def lpips_home(tmp_path_factory):
                 layer.reset_parameters()
         unused = {"classifier.6.bias": torch.zeros(1000)}
         torch.save(network.state_dict() | unused, folder / AlexNet_Weights.IMAGENET1K_V1.url.split("/")[-1])
-        heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+        heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i,
+                 c in enumerate((64, 192, 384, 256, 256))}
         torch.save(heads, folder / "alex.pth")
         yield folder, network, heads
 
@@ -442,9 +480,11 @@ def lpips_home(tmp_path_factory):
 def lpips_of_a_pair(x, y, network, heads):
     """The published definition, one pair at a time."""
     def layers(image):
-        image = (image[None] / 127.5 - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
+        image = (image[None] / 127.5 - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1,
+                                                                                      1)) / torch.tensor(
             [0.458, 0.448, 0.45]).view(3, 1, 1)  # fmt: skip
-        return [F.normalize(network.features[:end](image).double(), dim=1, eps=1e-10) for end in (2, 5, 8, 10, 12)]
+        return [F.normalize(network.features[:end](image).double(), dim=1, eps=1e-10) for end in (2, 5, 8, 10,
+                                                                                                  12)]
 
     return sum(((a - b) ** 2 * heads[f"lin{i}.model.1.weight"]).sum(1).mean().item()
                for i, (a, b) in enumerate(zip(layers(x), layers(y), strict=True)))  # fmt: skip
@@ -489,7 +529,8 @@ def test_inception_score():
     assert inception_score(np.eye(8)[np.arange(160) % 8]) == pytest.approx((8, 0))
     # (1, 0) and (1/2, 1/2): their mean is (3/4, 1/4); KLs are log 4/3 and (log 2/3 + log 2) / 2
     kl = (math.log(4 / 3) + (math.log(2 / 3) + math.log(2)) / 2) / 2
-    assert inception_score(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), splits=1) == pytest.approx((math.exp(kl), 0))
+    assert inception_score(torch.tensor([[1.0, 0.0], [0.5, 0.5]]),
+                           splits=1) == pytest.approx((math.exp(kl), 0))
     # the first split scores 1, the second 2
     p = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert inception_score(p, splits=2) == pytest.approx((1.5, 0.5))
@@ -500,7 +541,8 @@ def test_inception_score():
 def test_kl_to_uniform():
     assert kl_to_uniform(np.arange(30) % 10, 10) == pytest.approx(0)
     assert kl_to_uniform([0, 0, 0, 1], 2) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert kl_to_uniform(torch.tensor([3, 3, 1, 1]), 4) == pytest.approx(math.log(2))  # two classes of four are missing
+    # two classes of four are missing
+    assert kl_to_uniform(torch.tensor([3, 3, 1, 1]), 4) == pytest.approx(math.log(2))
     assert kl_to_uniform([7] * 5, 10) == pytest.approx(math.log(10))
     cifar10lt = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     assert kl_to_uniform(np.repeat(np.arange(10), cifar10lt), 10) == pytest.approx(0.6589, abs=1e-4)
@@ -532,7 +574,8 @@ def test_effective_hues():
 # Inception
 # --------------------------------------------------------------------------------------------------
 def random_inception(num_classes):
-    """torchvision's network with random weights; batch norms that have seen data, so that the features depend on it."""
+    """torchvision's network with random weights; batch norms that have seen data, so that the features depend
+    on it."""
     from torchvision.models import inception_v3
 
     torch.manual_seed(0)
@@ -564,10 +607,13 @@ def torch_home(tmp_path_factory, networks):
         folder = home / "hub" / "checkpoints"
         folder.mkdir(parents=True)
         # The 2015 file has no counters of batches and no auxiliary head; torchvision's has a head.
-        weights = {k: v for k, v in networks[1008].state_dict().items() if not k.endswith("num_batches_tracked")}
+        weights = {k: v for k,
+                   v in networks[1008].state_dict().items() if not k.endswith("num_batches_tracked")}
         torch.save(weights, folder / "pt_inception-2015-12-05-6726825d.pth")
-        head = {"AuxLogits.conv0.conv.weight": torch.zeros(128, 768, 1, 1), "AuxLogits.fc.bias": torch.zeros(1000)}
-        torch.save(networks[1000].state_dict() | head, folder / Inception_V3_Weights.IMAGENET1K_V1.url.split("/")[-1])
+        head = {"AuxLogits.conv0.conv.weight": torch.zeros(128, 768, 1, 1),
+                "AuxLogits.fc.bias": torch.zeros(1000)}
+        torch.save(networks[1000].state_dict() | head,
+                   folder / Inception_V3_Weights.IMAGENET1K_V1.url.split("/")[-1])
         yield home
 
 
@@ -591,8 +637,10 @@ def maximum_inside(x):
 @torch.no_grad()
 def test_the_fid_network_pools_as_published(torch_home, networks):
     ours, plain = metrics.load_fid_inception(), networks[1008]
-    blocks = {"5b": (192, mean_inside), "5c": (256, mean_inside), "5d": (288, mean_inside), "6b": (768, mean_inside),
-              "6c": (768, mean_inside), "6d": (768, mean_inside), "6e": (768, mean_inside), "7b": (1280, mean_inside),
+    blocks = {"5b": (192, mean_inside), "5c": (256, mean_inside), "5d": (288, mean_inside),
+              "6b": (768, mean_inside),
+              "6c": (768, mean_inside), "6d": (768, mean_inside), "6e": (768, mean_inside),
+              "7b": (1280, mean_inside),
               "7c": (2048, maximum_inside)}  # fmt: skip
     for name, (width, pool) in blocks.items():
         x = torch.randn(1, width, 7, 6)
@@ -622,17 +670,20 @@ def resized_by_hand(images):
 def test_inception_features(torch_home, networks):
     """torchvision's own network on images resized by hand: its pooled features and probabilities."""
     images = torch.from_numpy(rng.integers(0, 256, (3, 3, 8, 6), dtype=np.uint8))
-    large = torch.from_numpy(rng.integers(0, 256, (1, 3, 420, 310), dtype=np.uint8))  # shrinks: no antialiasing either
+    # shrinks: no antialiasing either
+    large = torch.from_numpy(rng.integers(0, 256, (1, 3, 420, 310), dtype=np.uint8))
     for x in (images, large):
         assert torch.allclose(metrics.to_inception(x), resized_by_hand(x), atol=1e-3)
     network = metrics.load_feature_network("inception")
     found, probabilities = metrics.extract_features(images, network, batch_size=2)
     pooled = []
-    hook = networks[1000].avgpool.register_forward_hook(lambda m, x, output: pooled.append(output.flatten(1).numpy()))
+    hook = networks[1000].avgpool.register_forward_hook(lambda m, x,
+                                                        output: pooled.append(output.flatten(1).numpy()))
     logits = networks[1000](resized_by_hand(images))
     hook.remove()
     assert found.shape == (3, 2048) and found.dtype == np.float32 and probabilities.shape == (3, 1000)
-    differ = np.abs(pooled[0][0] - pooled[0][1]).mean()  # between images: what the comparison has to be finer than
+    # between images: what the comparison has to be finer than
+    differ = np.abs(pooled[0][0] - pooled[0][1]).mean()
     assert np.abs(found - pooled[0]).mean() < 0.01 * differ
     assert np.allclose(probabilities, logits.softmax(1).numpy(), atol=1e-4)
     assert network.metric == "FID(torchvision)"
@@ -645,7 +696,8 @@ def test_fid_probabilities_have_no_bias(torch_home, networks, monkeypatch):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     network = metrics.load_feature_network("inception-fid")
-    assert torch.equal(before, torch.get_rng_state())  # a training run that stops for its scores resumes unchanged
+    # a training run that stops for its scores resumes unchanged
+    assert torch.equal(before, torch.get_rng_state())
     found, probabilities = metrics.extract_features(images, network)
     last = networks[1008].fc
     assert found.shape == (2, 2048) and network.metric == "FID"
@@ -654,7 +706,8 @@ def test_fid_probabilities_have_no_bias(torch_home, networks, monkeypatch):
 
 
 @pytest.mark.parametrize("name, file", [("inception", "inception_v3_google-0cc3c7bd.pth"),
-                                        ("inception-fid", "pt_inception-2015-12-05-6726825d.pth")])  # fmt: skip
+                                        ("inception-fid",
+                                         "pt_inception-2015-12-05-6726825d.pth")])  # fmt: skip
 def test_weights_that_are_not_there(tmp_path, monkeypatch, name, file):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     tried = []
@@ -686,7 +739,8 @@ def test_unknown_features():
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation of the shapes data, by a classifier with random weights: what it says is of no matter, that it adds up is
+# Evaluation of the shapes data, by a classifier with random weights: what it says is of no matter, that it
+# adds up is
 # --------------------------------------------------------------------------------------------------
 SIZE = 8
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -761,7 +815,8 @@ def test_evaluate(data_dir, samples):
     assert row["recognised"] == pytest.approx((seen[450:] == 9).float().mean().item())
     assert row["effective_hues"] == pytest.approx(metrics.effective_hues(images[450:]))
     assert row["reference_hues"] == pytest.approx(metrics.effective_hues(real.images[3600:3650]))
-    assert result["all"]["effective_hues"] == pytest.approx(np.mean([r["effective_hues"] for r in result["per_class"]]))
+    assert result["all"]["effective_hues"] == pytest.approx(np.mean([r["effective_hues"]
+                                                                     for r in result["per_class"]]))
     json.dumps(result, allow_nan=False)
 
 
@@ -797,7 +852,8 @@ def test_samples_without_labels(data_dir, samples):
     for key in ("fd", "inception_score", "kl_to_uniform", "samples"):
         assert result["all"][key] == labelled["all"][key] is not None
     seen = result["head"]["seen_share"]
-    assert result["head"] == dict.fromkeys(result["head"]) | {"seen_share": seen} and result["all"]["recognised"] is None
+    assert result["head"] == dict.fromkeys(result["head"]) | {"seen_share": seen}
+    assert result["all"]["recognised"] is None
     assert seen == pytest.approx(sum(row["seen"] for row in result["per_class"][:4]) / 500)
     assert [row["seen"] for row in result["per_class"]] == [row["seen"] for row in labelled["per_class"]]
     assert "no labels" in metrics.format_table(result) and "no labels" not in metrics.format_table(labelled)
@@ -837,7 +893,8 @@ def test_is_does_not_depend_on_the_order_of_the_samples(data_dir, samples, monke
     (dict(features="classifier:nowhere.pt"), "no classifier at nowhere.pt"),
 ])  # fmt: skip
 def test_samples_that_do_not_fit(data_dir, samples, change, message):
-    arguments = dict(images=samples[0], labels=samples[1], dataset="shapeslt", data_dir=data_dir, image_size=SIZE)
+    arguments = dict(images=samples[0], labels=samples[1], dataset="shapeslt", data_dir=data_dir,
+                     image_size=SIZE)
     with pytest.raises(InputError, match=message):
         metrics.evaluate(**arguments | change)
 
@@ -866,13 +923,15 @@ def test_evaluate_gives_every_score_asked_for(data_dir, samples):
     a, b = (network.features(x / 127.5 - 1).numpy() for x in (real.images, images))
     for row, classes in ((result["all"], range(10)), (result["per_class"][3], [3])):
         theirs, mine = a[np.isin(real.labels, classes)], b[np.isin(labels, classes)]
-        assert row["kid"] == pytest.approx(metrics.kernel_inception_distance(theirs, mine), rel=1e-2, abs=1e-5)
+        assert row["kid"] == pytest.approx(metrics.kernel_inception_distance(theirs, mine), rel=1e-2,
+                                           abs=1e-5)
         assert row["kid"] > 0.05  # that of a set and itself is below 0
         found = [row[name] for name in ("precision", "recall", "density", "coverage")]
         assert found == pytest.approx(metrics.balls(theirs, mine), abs=0.02)
         clusters = 20 * len(classes)
         assert (row["f8"], row["f1_8"]) == pytest.approx(metrics.prd_f_beta(theirs, mine, clusters), abs=0.05)
-    assert result["tail"]["fd"] > 0 and result["tail"]["recall"] is None  # of the thirds only what classes say
+    # of the thirds only what classes say
+    assert result["tail"]["fd"] > 0 and result["tail"]["recall"] is None
     assert result["per_class"][5]["samples"] == 20 and result["per_class"][5]["f8"] is not None
     eight, nine = result["per_class"][8:]
     assert eight["kid"] is not None and eight["fd"] is not None  # two images are enough
@@ -887,7 +946,8 @@ def test_evaluate_gives_every_score_asked_for(data_dir, samples):
         (cells,) = (line.split() for line in lines if line.startswith(f"{heading} ") and "within" not in line)
         assert cells[1:] == [f"{result['all'][name]:.4g}", "-", "-", "-"]
         (cells,) = (line.split() for line in lines if line.startswith(f"intra-{heading} "))
-        assert cells[1:4] == [f"{result['all'][f'intra_{name}']:.4g}", "+-", f"{result['all'][f'intra_{name}_std']:.2g}"]
+        assert cells[1:4] == [f"{result['all'][f'intra_{name}']:.4g}", "+-",
+                              f"{result['all'][f'intra_{name}_std']:.2g}"]
     json.dumps(result, allow_nan=False)
 
 
@@ -923,7 +983,8 @@ def test_radii_of_the_reference_are_kept(tmp_path, monkeypatch):
     metrics.reference_radii(x, halves, file)
     assert len(calls) == 3  # other classes: made again
     other = metrics.reference_radii(x * 2, halves, file)
-    assert len(calls) == 6 and np.allclose(other["all"], 4 * radii["all"])  # other features; squared distances
+    # other features; squared distances
+    assert len(calls) == 6 and np.allclose(other["all"], 4 * radii["all"])
 
 
 def test_moving_average():
@@ -1016,9 +1077,11 @@ def test_reference_features_are_made_once(tmp_path):
     path.write_bytes(path.read_bytes()[:-300])
     assert shown(changed, fingerprint="other weights") == 2000  # damaged: made again
     path.write_text("rubbish")
-    assert shown(changed, fingerprint="other weights") == 2000 and shown(changed, fingerprint="other weights") == again
+    assert shown(changed, fingerprint="other weights") == 2000 and shown(changed,
+                                                                         fingerprint="other weights") == again
     assert shown(real, fingerprint="a" * 64, info={}) == 2000  # classifiers do not push each other out
-    assert shown(real, fingerprint="b" * 64, info={}) == 2000 and shown(real, fingerprint="a" * 64, info={}) == again
+    assert shown(real, fingerprint="b" * 64, info={}) == 2000 and shown(real, fingerprint="a" * 64,
+                                                                        info={}) == again
 
 
 def test_features_of_other_code_are_not_taken(tmp_path, capsys):
@@ -1050,7 +1113,8 @@ def test_a_data_directory_that_cannot_be_written_to(tmp_path, capsys):
 
 def test_balanced_and_long_tailed_sets_share_their_reference(tmp_path, samples, monkeypatch):
     write_annotator(tmp_path / f"classifier-shapes-{SIZE}.pt")
-    monkeypatch.setattr(metrics, "extract_features", lambda images, *_: [images.flatten(1)[:, :5].double().numpy()] * 2)
+    monkeypatch.setattr(metrics, "extract_features", lambda images,
+                        *_: [images.flatten(1)[:, :5].double().numpy()] * 2)
     shapes_result(tmp_path, *samples, rho=10)
     metrics.evaluate(*samples, "shapes", tmp_path, image_size=SIZE)
     (found,) = (tmp_path / "features").iterdir()
@@ -1115,17 +1179,20 @@ def test_the_table_names_the_distance_for_what_it_is(data_dir, samples):
     for metric in ("FD", "FID", "FID(torchvision)"):
         result["protocol"]["metric"] = metric
         lines = metrics.format_table(result).splitlines()
-        assert lines[0].startswith("500 samples against 4000 images (shapeslt, reference split, 8 pixels); features cl")
+        protocol = "500 samples against 4000 images (shapeslt, reference split, 8 pixels); features cl"
+        assert lines[0].startswith(protocol)
         assert lines[1].split() == ["all", "head", "middle", "tail"]
         rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
-        assert list(rows)[:3] == ["samples", metric, f"intra-{metric}"] and rows["samples"] == ["500", "200", "150", "150"]
+        assert list(rows)[:3] == ["samples", metric, f"intra-{metric}"] and rows["samples"] == ["500", "200",
+                                                                                                "150", "150"]
         for i, group in enumerate(("all", "head", "middle", "tail")):
             assert float(rows[metric][i]) == pytest.approx(result[group]["fd"], rel=1e-3)
             mean, between, deviation = rows[f"intra-{metric}"][3 * i : 3 * i + 3]
             assert float(mean) == pytest.approx(result[group]["intra_fd"], rel=1e-3) and between == "+-"
             assert float(deviation) == pytest.approx(result[group]["intra_fd_std"], rel=0.05)
     lines = metrics.format_table(result, per_class=True).splitlines()
-    assert lines[-1].split()[:3] == ["vbars", "10", "50"] and lines[-11].split()[:3] == ["train", "images", "samples"]
+    assert lines[-1].split()[:3] == ["vbars", "10", "50"] and lines[-11].split()[:3] == ["train", "images",
+                                                                                         "samples"]
     column = lines[-11].split().index("seen")  # "train images" are two words, and names have no heading
     assert lines[-1].split()[column] == str(result["per_class"][9]["seen"])
 
@@ -1166,7 +1233,8 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     assert line == ("unequal numbers of samples (many.npz has 500, few.npz has 215): each is cut to 215, "
                     "the first of each class")  # fmt: skip
     many, less = (json.loads((tmp_path / f"{name}-metrics.json").read_text()) for name in ("many", "few"))
-    assert many == less and many["all"]["fd"] == shapes_result(data_dir, images[few], labels[few])["all"]["fd"]
+    assert many == less and many["all"]["fd"] == shapes_result(data_dir, images[few],
+                                                               labels[few])["all"]["fd"]
     assert [row["samples"] for row in many["per_class"]] == [35] + [20] * 9
     command(monkeypatch, tmp_path, "few.npz", "few.npz", *flags)
     assert "unequal" not in capsys.readouterr().out
@@ -1175,7 +1243,8 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     assert equal({"a": samples, "b": samples})["b"] is samples
     order = torch.arange(500).flip(0)  # equal totals, other classes: the first 20 of each class as they come
     cut = equal({"a": (images[order], labels[order]), "b": (images[few], labels[few])})
-    assert torch.equal(cut["a"][1].bincount(), torch.tensor([35] + [20] * 9)) and torch.equal(cut["a"][0][0], images[499])
+    assert torch.equal(cut["a"][1].bincount(), torch.tensor([35] + [20] * 9)) and torch.equal(cut["a"][0][0],
+                                                                                              images[499])
     # Without labels, files that lie class after class keep all of their classes.
     cut = equal({"a": (images, labels), "b": (images[few], None)})
     assert cut["b"][1] is None and torch.equal(cut["b"][0], images[few]) and len(cut["a"][0]) == 215
@@ -1200,37 +1269,42 @@ def test_save_samples(tmp_path, samples, monkeypatch):
 
 
 def run_settings(data_dir, **more):
-    return types.SimpleNamespace(dataset="shapeslt", data_dir=str(data_dir), features=None, reference="reference", rho=10,
+    return types.SimpleNamespace(dataset="shapeslt", data_dir=str(data_dir), features=None,
+                                 reference="reference", rho=10,
                                  image_size=SIZE, scores="fid,is", **more)
 
 
 def test_score_run(data_dir, samples, tmp_path, capsys):
     seen = np.arange(500) % 10
     shares = [{"share": k / 10} for k in range(10)]
-    result = metrics.score_run(tmp_path, *samples, run_settings(data_dir), "cpu", seen, {"step": 7}, {"kl_all": 0.5}, shares)
+    result = metrics.score_run(tmp_path, *samples, run_settings(data_dir), "cpu", seen, {"step": 7},
+                               {"kl_all": 0.5}, shares)
     plain = shapes_result(data_dir, *samples, rho=10, seen=seen)
-    assert result["protocol"] == plain["protocol"] | {"step": 7} and result["all"] == plain["all"] | {"kl_all": 0.5}
+    assert result["protocol"] == plain["protocol"] | {"step": 7}
+    assert result["all"] == plain["all"] | {"kl_all": 0.5}
     assert result["per_class"] == [row | share for row, share in zip(plain["per_class"], shares, strict=True)]
     assert result["tail"] == plain["tail"] and json.loads((tmp_path / "metrics.json").read_text()) == result
     with open(tmp_path / "per_class.csv", newline="") as file:
         assert [row["share"] for row in csv.DictReader(file)] == [str(k / 10) for k in range(10)]
     assert capsys.readouterr().out == metrics.format_table(result) + "\n"
-    assert metrics.score_run(tmp_path, *samples, run_settings(data_dir), "cpu") == shapes_result(data_dir, *samples, rho=10)
+    assert metrics.score_run(tmp_path, *samples, run_settings(data_dir),
+                             "cpu") == shapes_result(data_dir, *samples, rho=10)
 
 
 def test_a_run_that_cannot_be_scored(data_dir, samples, tmp_path, capsys):
     args = run_settings(data_dir)
     args.features = "classifier:nowhere.pt"
     assert metrics.score_run(tmp_path, *samples, args, "cpu") is None and not list(tmp_path.iterdir())
-    assert capsys.readouterr().out == (f"{tmp_path}/samples.npz is written but not scored: no classifier at nowhere.pt. "
-                                       "The same command then resumes from here.\n")  # fmt: skip
+    said = f"{tmp_path}/samples.npz is written but not scored: no classifier at nowhere.pt. "
+    assert capsys.readouterr().out == said + "The same command then resumes from here.\n"
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "shapes"], "required: samples"),
     (["s.npz", "t.npz", "--dataset", "shapes"], "t.npz has images of 2 pixels and s.npz of 4"),
     (["s.npz", "--dataset", "shapes", "--out", "s.npz"], "--out s.npz"),
-    (["s.npz", "--dataset", "shapes", "--batch-size", "0"], "--batch-size: '0' is not a whole number from 1 on"),
+    (["s.npz", "--dataset", "shapes", "--batch-size", "0"],
+     "--batch-size: '0' is not a whole number from 1 on"),
     (["s.npz", "--dataset", "shapes", "--plot", "recall"], "--plot recall needs --scores pr"),
     (["s.npz", "--dataset", "shopes"], "unknown data set"),
 ])  # fmt: skip
@@ -1257,7 +1331,8 @@ def test_lpips_of_a_class_is_that_of_its_samples(tmp_path, monkeypatch, lpips_ho
     """
     monkeypatch.setenv("TORCH_HOME", str(lpips_home[0].parent.parent))
     torch.manual_seed(0)
-    images, labels = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    images, labels = torch.randint(256, (9, 3, 32, 32),
+                                   dtype=torch.uint8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
     images[:4] = images[0]
     data = datasets.ImageSet(images, labels, ["a", "b", "c"])
     monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
@@ -1269,10 +1344,12 @@ def test_lpips_of_a_class_is_that_of_its_samples(tmp_path, monkeypatch, lpips_ho
     monkeypatch.setattr(metrics, "load_feature_network", lambda *_: network)
     result = metrics.evaluate(images, labels, "folder:x", tmp_path, scores=["all"])
     _, alexnet, heads = lpips_home
-    pairs = {(i, j): lpips_of_a_pair(images[i], images[j], alexnet, heads) for i in range(9) for j in range(i)}
+    pairs = {(i, j): lpips_of_a_pair(images[i], images[j], alexnet,
+                                     heads) for i in range(9) for j in range(i)}
     first, second, third = (row["lpips"] for row in result["per_class"])
     assert first == pytest.approx(0, abs=1e-9)
-    assert second == pytest.approx(np.mean([x for pair, x in pairs.items() if min(pair) > 3 and max(pair) < 8]), rel=1e-4)
+    assert second == pytest.approx(np.mean([x for pair,
+                                            x in pairs.items() if min(pair) > 3 and max(pair) < 8]), rel=1e-4)
     assert result["all"]["lpips"] == pytest.approx(np.mean([*pairs.values()]), rel=1e-4)
     assert third is None and result["all"]["intra_lpips"] == pytest.approx(second / 2)
     assert "left_out" not in result["protocol"]
@@ -1280,7 +1357,8 @@ def test_lpips_of_a_class_is_that_of_its_samples(tmp_path, monkeypatch, lpips_ho
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_few_classes_and_few_images_are_scored(tmp_path, monkeypatch, K):
-    """--scores all where the tail has no class, and prd with it; a class of four images has no neighbours' scores."""
+    """--scores all where the tail has no class, and prd with it; a class of four images has no neighbours'
+    scores."""
     torch.manual_seed(0)
     images, labels = torch.randint(256, (30 * K, 3, 8, 8), dtype=torch.uint8), torch.arange(K).repeat(30)
     keep = (labels < K - 1) | (torch.arange(len(labels)) < 4 * K) if K > 1 else labels == labels

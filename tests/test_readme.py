@@ -17,7 +17,8 @@ SCRIPTS = {"cbdm.py": cbdm, "cbgan.py": cbgan, "softlabel_gan.py": softlabel_gan
 
 
 def ablations():
-    """(script, [(old, new), ...]) of each diff in the README; a line `-` and the line `+` after it are one change."""
+    """(script, [(old, new), ...]) of each diff in the README; a line `-` and the line `+` after it are one
+    change."""
     found = []
     for block in re.findall(r"```diff\n(.*?)```", README, re.S):
         first, *lines = block.splitlines()
@@ -35,11 +36,14 @@ def test_there_are_five_ablations():
 def test_an_ablation_runs(number, tmp_path, judges):
     """Two steps of the edited script, to finite losses that are not those of the script as it is."""
     script, changes = ablations()[number]
-    flags = ["--dataset", "shapeslt", "--steps", "2", "--batch-size", "8", "--sample-every", "0", "--eval-images", "0",
+    flags = ["--dataset", "shapeslt", "--steps", "2", "--batch-size", "8", "--sample-every", "0",
+             "--eval-images", "0",
              "--amp", "off", "--device", "cpu"]
     flags += {"cbdm.py": ["--regularise-after", "0", "--warmup", "0", "--channels", "8"],
-              "cbgan.py": ["--classifier", judges.loop, "--width", "8", "--discriminator-width", "8", "--cycle", "1"],
-              "softlabel_gan.py": ["--classifier", judges.loop, "--width", "4", "--discriminator-width", "4"]}[script]
+              "cbgan.py": ["--classifier", judges.loop, "--width", "8", "--discriminator-width", "8",
+                           "--cycle", "1"],
+              "softlabel_gan.py": ["--classifier", judges.loop, "--width", "4", "--discriminator-width",
+                                   "4"]}[script]
     logs = []
     for name, module in (("as it is", SCRIPTS[script]), ("edited", edited(script, *changes))):
         module.main([*flags, "--run-dir", str(tmp_path / name)])
@@ -52,7 +56,8 @@ def test_what_the_readme_links_is_there():
     links = [link for link in re.findall(r"\]\((?!http)([^)#]+)\)", README)]
     assert len(links) > 5 and all((ROOT / link).is_file() for link in links)
     for page in (ROOT / ".results").glob("*.md"):
-        assert all((page.parent / link).is_file() for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()))
+        assert all((page.parent / link).is_file() for link in re.findall(r"\]\((?!http)([^)#]+)\)",
+                                                                         page.read_text()))
 
 
 COMMANDS = sorted({line.split("#")[0].strip() for line in re.findall(r"python \w+\.py [^`\n|)]*", README)})
