@@ -1,44 +1,50 @@
-"""CBDM: Class-Balancing Diffusion Models (Qin, Zheng, Yao, Zhou, Zhang; CVPR 2023; arXiv:2305.00562).
+"""CBDM: Class-Balancing Diffusion Models (Qin, Zheng, Yao, Zhou, Zhang; CVPR 2023).
 
 A class-conditional diffusion model that has seen five images of a class repeats those five, or
-paints something else. CBDM is the usual DDPM with one more term (Eq. 4). For an image x_t of class
-y the network is asked a second time, with a random other label y', and the two predictions are
-pulled together, the more so the noisier x_t is. Our intuition: noisy steps settle composition and
-colour, which classes can share; in the late steps, which tell classes apart, the pull is weak.
+produces an image of another class. CBDM is the usual DDPM with one more term (Eq. 4). For an image
+x_t of class y the network is asked a second time, with a random label y', and the two predictions
+are pulled together, more strongly the noisier x_t is. Our intuition: the noisy steps fix
+composition and colour, which classes can share; in the last steps, which tell classes apart, the
+pull is weak.
 
     python cbdm.py --dataset shapeslt                     # first look: drawn shapes, a CPU, minutes
     python cbdm.py --dataset cifar100lt                   # the paper's run (Table 1)
-    python cbdm.py --dataset cifar100lt --tau 0           # its baseline: DDPM with guidance
+    python cbdm.py --dataset cifar100lt --tau 0           # the baseline: DDPM with guidance
+    python cbdm.py --dataset cifar100lt --tau 0 --resample uniform      # RS; sqrt is RS-SQRT
     python cbdm.py --dataset cifar100lt --label-set sqrt  # Table 2; also bal
-    python cbdm.py --dataset cifar100lt --steps 50000 --init-from RUN/checkpoint.pt   # its fine-tuning
-    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; replaces the scores
+    python cbdm.py --dataset cifar100lt --steps 50000 --init-from BASELINE/checkpoint.pt
+                                                          # Table 2, fine-tuning: 50,000 steps (A)
+    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; replaces samples, scores
 
-Each command resumes the run that it finds in its run
-directory: bit for bit on the CPU with the same number of threads; with the same data and noise on a
-GPU. Cost: shapeslt 5 minutes on two CPU cores; cifar100lt 11 s a step there (never run in full).
+P's FIDs in Table 1: 7.38 for DDPM, 6.26 for CBDM. Its other columns: --scores fid,is,pr,prd. Table 4
+and Fig. 4: classifier.py --add, metrics.py --plot. Each command resumes the run that it finds in its
+run directory: bit for bit on the CPU with the same number of threads; on a GPU with the same data
+and noise, up to rounding.
+Cost: shapeslt 5 minutes on two CPU cores. cifar100lt takes 11 s a step there, over a month in all: a
+GPU's work. It has never been run in full.
 
 P is the paper and A the authors' code (github.com/qym7/CBDM-pytorch). From A, because P does not
 say: gradients clipped at norm 1, averaged weights (EMA) for sampling, horizontal flips, dropout
 0.1, the sizes of the U-Net. Where we differ:
-  * t takes T = 1000 values, 0 .. 999, as in A; Alg. 1 writes {0 .. T}, which would be 1001. Our t
-    is P's t - 1.
-  * The regulariser's weight is tau t with P's tau = 0.001, so it is 0 at t = 0; A writes t/T * 1.0,
-    the same number.
-  * A label is dropped (for guidance) per image; A drops those of a whole batch at once. The
-    expected gradient is the same and varies less. `--drop-whole-batch` does as A.
+  * t takes T = 1000 values, 0 .. 999, as in A; Alg. 1 writes {0 .. T}, which would be 1001. The
+    noise of our step t is P's alpha_bar_(t + 1).
+  * The regulariser's weight is tau t, from 0 to 0.999, with our t and P's tau = 0.001; A writes
+    t/T * 1.0, the same number.
+  * A label is dropped (for guidance) per image; A drops those of a whole batch at once. Before
+    clipping the expected gradient is the same; it varies less. `--drop-whole-batch` does as A.
   * Images whose label is dropped have no regulariser, as in A; P does not say.
   * Squared norms are means over pixels, as in A; P's sums would change what clipping at norm 1
     means.
   * Warm-up is 5000 steps, as in A; P says epochs, which would be longer than the whole training.
   * y' comes from the training distribution by default, as in A's runs from scratch; P leaves q*_Y
     open (Table 2).
-  * x_0 is not clipped while sampling: A computes the clipped one and does not use it. `--clip-x0`
-    does.
+  * x_0 is not clipped while sampling: A computes a clipped one but never uses it. `--clip-x0` does.
   * Samples have exactly balanced labels; A draws them at random (500 +- 22 a class).
   * The output convolution of an attention block starts near zero, as in DDPM (Ho et al. 2020); in A
-    the block around it initialises it a second time, at full size.
+    the enclosing block initialises it again, at full scale.
   * bfloat16 where the hardware has it (`--amp off` for A's float32), fused Adam, both labels in one
     forward pass.
+Eq. 2 and the propositions argue for Eq. 3; nothing of them is computed. |Y| is 1, as in Alg. 1.
 Not here yet: ADA and DiffAug (Table 1), the EDM and ViT backbones (Table 5).
 """
 
@@ -87,7 +93,8 @@ DATASETS = {
     "cifar100": BALANCED,
     "cifar10": BALANCED,
     # Ours: sized for two CPU cores and a few minutes. The regulariser doubles the cost of a step, so
-    # the run does what the second block of Table 2 does in two: a DDPM, which CBDM then fine-tunes.
+    # it fine-tunes a DDPM, as in the second block of Table 2, here for the last tenth of one run. The
+    # scores hardly move by it; with --regularise-after 0 (Alg. 1 as it is) they do, see the README.
     "shapeslt": CIFAR100LT | dict(
         image_size=16, steps=2600, regularise_after=0.9, batch_size=32,
         lr=3e-3, beta2=0.99, warmup=100, lr_schedule="cosine", ema=0.995, dropout=0.0,
@@ -121,13 +128,13 @@ def parse_settings(argv=None):
     add("--drop-rate", type=datasets.share, default=0.1, help="share of images without a label, P §3.3")
     add("--drop-whole-batch", action="store_true", help="drop the labels of whole batches, A")
     add("--resample", choices=("data", "uniform", "sqrt"), default="data",
-        help="class distribution of the training images; uniform is RS, sqrt is RS-SQRT in Table 1")
+        help="class distribution of the training images; with --tau 0 uniform is RS, sqrt RS-SQRT (Table 1)")
     add("--prediction", choices=("eps", "v"), help="what the network predicts; v: ours, for short runs")
     add("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1")
     add("--guidance", type=finite, help="omega, P §4.1")
     add("--sampler", choices=("ancestral", "ddim"), help="ancestral takes all 1000 steps")
     add("--ddim-steps", type=number(int, lambda v: 2 <= v <= T, f"a whole number from 2 to {T}"),
-        help="of the grids during training too")
+        help="steps of DDIM, also for the grids drawn during training")
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
     add = parser.add_argument_group("network and optimiser").add_argument
     add("--channels", type=at_least(1), help="width of the first level")
@@ -159,6 +166,7 @@ def parse_settings(argv=None):
 # t       (B,) int64, step 0 .. T-1                y'      (B,) int64, random classes
 # eps     (B, 3, H, W), the noise in x_t           h       (B, 3, H, W), eps_theta(x_t, y, t)
 # x_t     (B, 3, H, W), x_0 after t steps          h'      (B, 3, H, W), eps_theta(x_t, y', t)
+#         (with --prediction v, h and h' are velocities)
 # tau     weight of the regulariser                gamma   weight of its commitment term
 # omega   guidance strength                        q_Y     (K,), the paper's q*_Y
 # B is the paper's N. alpha_bar (T,) is the noise schedule; index t here is the paper's step t + 1.
@@ -169,7 +177,8 @@ def noise_schedule(kind):
     """alpha_bar (T,) float64: the share of the variance of x_t that is still signal.
 
     "linear": beta_t from 1e-4 to 0.02, P §4.1; alpha_bar falls from 0.9999 to 0.00004.
-    "cosine": Nichol & Dhariwal 2021, Eq. 17, for the shapes data (CHOICE: see `velocity`).
+    "cosine": Nichol & Dhariwal 2021, Eq. 17, for the shapes data. CHOICE: the linear one leaves
+    small images as pure noise for many of its steps.
     """
     if kind == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -182,7 +191,7 @@ def noise_schedule(kind):
 
 
 def coefficients(t, alpha_bar, like):
-    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), (B, 1, 1, 1) each, in the device and type of `like`."""
+    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t): (B, 1, 1, 1) each, device and type of `like`."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
     return tuple(to_device(x.sqrt().to(like.dtype), like.device) for x in (a, 1 - a))
 
@@ -197,9 +206,9 @@ def velocity(x_0, t, eps, alpha_bar):
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, the target with --prediction v.
 
     Salimans & Ho 2022; not in the paper. At pure noise an error in eps is multiplied by
-    1 / sqrt(alpha_bar), up to 157, on its way to x_0, and a network that trains for minutes never
-    becomes that exact; an error in v is not multiplied. Both halves of Eq. 4 are then distances
-    between velocities: at each t their ratio stays the paper's.
+    1 / sqrt(alpha_bar) on its way to x_0, up to 157 (linear) or 20,000 (cosine), and a network that
+    trains for minutes never becomes that exact; an error in v is not multiplied. Both halves of
+    Eq. 4 are then distances between velocities: at each t their ratio stays the paper's.
     """
     signal, noise = coefficients(t, alpha_bar, x_0)
     return signal * eps - noise * x_0
@@ -210,29 +219,32 @@ def eps_of_velocity(v, x_t, t, alpha_bar):
     return (1 - alpha_bar[t]).sqrt().item() * x_t + alpha_bar[t].sqrt().item() * v
 
 
-def ddpm_loss(h, eps):
-    """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, the mean over images and pixels. Scalar."""
-    return (eps - h).square().mean()
+def ddpm_loss(h, target):
+    """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, the mean over images and pixels. Scalar.
+
+    target: eps, or the velocity.
+    """
+    return (target - h).square().mean()
 
 
 def regularisers(h, h_prime, t, tau, labelled):
     """The second half of Eq. 4 with |Y| = 1 (Alg. 1, lines 7 to 10). Two scalars, L_r and L_rc:
 
-        L_r  = tau t || h - sg(h') ||^2    tau times Eq. 3: moves what the image's label predicts
-        L_rc = tau t || sg(h) - h' ||^2    moves what the random label predicts ("commitment")
+        L_r  = tau t || h - sg(h') ||^2   tau times Eq. 3: moves the prediction for the own label
+        L_rc = tau t || sg(h) - h' ||^2   moves the prediction for the random label ("commitment")
 
     labelled (B,) bool: False where the label was dropped; such an image has no regulariser but
-    counts in the mean. sg is the stop-gradient, against a network that ignores its label (§3.3).
-    The two terms have the same value; sg lets the pull on h' have a weight of its own, gamma.
+    counts in the mean. sg is the stop-gradient, which keeps the network from ignoring its label
+    (§3.3). The two terms have the same value; sg gives the pull on h' a weight of its own, gamma.
     """
-    # (B,), with tau = 0.001 from 0 at an image to 0.999 at noise.
-    # TRY: T / 2 instead of t: as much pull on average, also where x_t is nearly the image.
+    # (B,): for tau = 0.001 from 0 (almost the image) to 0.999 (noise).
+    # TRY: T / 2 instead of t: the same average pull, but also where x_t is almost the image.
     weight = tau * t.to(h.dtype) * labelled
 
     def distance(a, b):
         return (weight * (a - b).square().mean(dim=(1, 2, 3))).mean()
 
-    # TRY: remove both detach(). gamma then only scales the whole: --gamma 0 no longer spares h'.
+    # TRY: remove both detach(). Each term then moves both predictions; gamma only scales the sum.
     return distance(h, h_prime.detach()), distance(h.detach(), h_prime)
 
 
@@ -247,7 +259,7 @@ def label_distribution(counts, label_set):
 
 
 def guided(eps_y, eps_none, omega):
-    """Classifier-free guidance (§3.1): (1 + omega) eps_theta(x_t, y, t) - omega eps_theta(x_t, t)."""
+    """Guidance, §3.1: (1 + omega) eps_theta(x_t, y, t) - omega eps_theta(x_t, t)."""
     return (1 + omega) * eps_y - omega * eps_none
 
 
@@ -257,7 +269,7 @@ def guided(eps_y, eps_none, omega):
 # The U-Net of DDPM (Ho et al. 2020) with a label embedding. At the paper's size 35,797,507
 # parameters for 100 classes, 12.4 GFLOP for a 32 x 32 image and a forward pass.
 class SelfAttention(nn.Module):
-    """Each pixel attends to each, one head. (B, C, H, W) -> the same."""
+    """Every pixel attends to every pixel, one head. (B, C, H, W) -> the same."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -304,14 +316,14 @@ class UNet(nn.Module):
         angle = torch.arange(T)[:, None] * f
         table = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
         self.register_buffer("time_table", table, persistent=False)
-        width = 4 * channels  # of the embedding
-        self.time = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(num_classes, width)
+        E = 4 * channels  # width of the embedding
+        self.time = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+        self.label = nn.Embedding(num_classes, E)
 
         # 4 channels a group at the first level: the 32 groups of DDPM at 128 channels. In a network
         # of 32 channels, 32 groups would normalise each channel alone and lose an image's colour.
         groups = channels // 4
-        block = functools.partial(ResidualBlock, embedding=width, dropout=dropout, groups=groups)
+        block = functools.partial(ResidualBlock, embedding=E, dropout=dropout, groups=groups)
         width = channels
         self.head = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList()
@@ -325,8 +337,8 @@ class UNet(nn.Module):
             if level < len(multipliers) - 1:
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
-        ends = (block(width, width, attention=attend) for attend in (True, False))
-        self.middle = nn.ModuleList(ends)
+        middle = (block(width, width, attention=attend) for attend in (True, False))
+        self.middle = nn.ModuleList(middle)
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             attend = level == attention_level
@@ -389,7 +401,8 @@ def ancestral_step(x_t, eps_hat, t, z, clip, alpha_bar):
     z: standard normal. The variance is beta_t ("fixed large"), as in A; the posterior's own would
     be smaller. The last step adds no noise.
     """
-    a, a_prev = alpha_bar[t].item(), alpha_bar[t - 1].item() if t > 0 else 1.0
+    a = alpha_bar[t].item()
+    a_prev = alpha_bar[t - 1].item() if t > 0 else 1.0
     alpha = a / a_prev  # 1 - beta_t
     x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
     mean = (a_prev**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - a_prev) * x_t) / (1 - a)
@@ -398,7 +411,8 @@ def ancestral_step(x_t, eps_hat, t, z, clip, alpha_bar):
 
 def ddim_step(x_t, eps_hat, t, t_prev, clip, alpha_bar):
     """x at t_prev < t (-1: the image) from x_t. DDIM with eta = 0: Song et al. 2021, Eq. 12."""
-    a, a_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+    a = alpha_bar[t].item()
+    a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
     x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
     if clip:
         eps_hat = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5  # the noise of the clipped image
@@ -409,7 +423,7 @@ def ddim_step(x_t, eps_hat, t, t_prev, clip, alpha_bar):
 def sample(model, y, args, amp, seed, sampler, progress=None):
     """Images (N, 3, H, W) uint8 on the CPU, of the classes y (N,), from noise of this seed.
 
-    model: the averaged network in eval mode. progress: a tqdm bar, moved on by one an image.
+    model: the averaged network in eval mode. progress: a tqdm bar, advanced by one per image.
     """
     device = next(model.parameters()).device
     alpha_bar = noise_schedule(args.noise_schedule)
@@ -418,11 +432,12 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
     y = y.to(device)
     shape = (len(y), 3, args.image_size, args.image_size)
     steps = args.ddim_steps if sampler == "ddim" else T
-    times = [i * T // steps for i in range(steps)]  # 100 DDIM steps: 0, 10, ..., 990. CHOICE
+    times = [i * T // steps for i in range(steps)]  # CHOICE, as DDIM's code: 100 steps are 0, 10 .. 990
 
     x = noise(shape)
     for i in reversed(range(steps)):
-        t, t_prev = times[i], times[i - 1] if i > 0 else -1
+        t = times[i]
+        t_prev = times[i - 1] if i > 0 else -1
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             if args.guidance == 0:  # TRY: or t > 600: guidance once the composition is settled
                 h = model(x, torch.full_like(y, t), y)
@@ -460,14 +475,15 @@ def sample_grid(model, classes, args, amp):
 def sample_all(model, labels, args, amp):
     """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <run-dir>/samples.npz.
 
-    A killed evaluation resumes. A finished one is not done again, but for --eval-only. Samples on disk
-    count if their key is the same, a hash of all settings, the averaged weights and this file.
+    A killed evaluation resumes, and a finished one is not repeated, except with --eval-only. Samples
+    on disk are used again if their key is the same: a hash of the settings, the averaged weights and
+    this file.
     """
     device = next(model.parameters()).device
     at_once = images_at_once(device, args.image_size)
     path, part = Path(args.run_dir) / "samples.npz", Path(args.run_dir) / "samples.part"
-    scoring = ("features", "scores", "reference")
-    settings = {k: v for k, v in vars(args).items() if k not in scoring}
+    elsewhere = ("features", "scores", "reference", "eval_only", "run_dir", "data_dir")
+    settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
     key = hashlib.sha256(json.dumps([settings, at_once]).encode() + Path(__file__).read_bytes())
     for w in model.state_dict().values():
         key.update(w.cpu().contiguous().numpy())
@@ -498,7 +514,7 @@ def sample_all(model, labels, args, amp):
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-LOSSES = ("L_DM", "L_r", "L_rc", "gradient_norm")  # as in the log: the three terms of Eq. 4
+LOGGED = ("L_DM", "L_r", "L_rc", "gradient_norm")  # Eq. 4's terms (L_rc has L_r's value), clipping
 
 
 def learning_rate(step, args):
@@ -512,8 +528,10 @@ def learning_rate(step, args):
 
 
 def load_initial_weights(args, model):
-    """--init-from: another run's averaged weights; a label table of other classes is drawn anew (Table 2)."""
+    """--init-from: another run's averaged weights (Table 2). With another K the label table is new."""
     source = datasets.load_checkpoint(args.init_from)
+    if "label.weight" not in source.get("ema", {}):
+        fail(f"--init-from {args.init_from}: not a checkpoint of cbdm.py")
     for name in ("prediction", "noise_schedule"):
         if source["settings"][name] != getattr(args, name):
             fail(f"--init-from {args.init_from}: that run has another --{name.replace('_', '-')}")
@@ -549,7 +567,7 @@ def main(argv=None):
     fused = device.type in ("cuda", "cpu")  # one kernel updates all weights
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=fused)
     batches = datasets.Batches(train, B, args.resample, args.flip, device, args.seed)
-    log = datasets.Log(args, LOSSES, device)
+    log = datasets.Log(args, LOGGED, device)
 
     # Resume the run that the directory holds.
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "log": log}
@@ -559,7 +577,8 @@ def main(argv=None):
         start = state["step"]
     del state  # a second copy of everything
     parameters = sum(w.numel() for w in model.parameters())
-    name, precision = "DDPM" if args.tau == 0 else "CBDM", ", bf16" if amp else ""
+    name = "DDPM" if args.tau == 0 else "CBDM"
+    precision = ", bf16" if amp else ""
     resumed = f"; resumed at step {start}" if start else ""
     print(f"{name} on {args.dataset}: {train.summary}; {parameters:,} parameters; {device}{precision}; "
           f"{run_dir}{resumed}", flush=True)
@@ -576,7 +595,7 @@ def main(argv=None):
             for step in range(start, args.steps):
                 # Alg. 1, lines 2 to 4: images, a step and noise for each.
                 x_0, y = next(batches)
-                t = torch.randint(0, T, (B,))  # on the CPU, as the schedule
+                t = torch.randint(0, T, (B,))  # on the CPU, where alpha_bar is; the network's copy below
                 eps = torch.randn_like(x_0)
                 x_t = q_sample(x_0, t, eps, alpha_bar)
                 target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
@@ -604,13 +623,13 @@ def main(argv=None):
                         with torch.no_grad():
                             h_prime = net(x_t, t, y_prime)
 
-                # Lines 5 and 7 to 11: the three terms of Eq. 4.
+                # Lines 5 and 7 to 11: the three terms of Eq. 4 and their sum.
                 L_DM, L_r, L_rc = ddpm_loss(h, target), zero, zero
                 if tau > 0:
                     L_r, L_rc = regularisers(h, h_prime, t, tau, labelled)
                 loss = L_DM + L_r + args.gamma * L_rc
 
-                # Update, then average.
+                # Line 11: update. Then average.
                 optimizer.param_groups[0]["lr"] = learning_rate(step, args)
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # A

@@ -1,59 +1,65 @@
 """CBGAN: Class Balancing GAN with a Classifier in the Loop (Rangwani, Mopuri, Babu; UAI 2021).
 
-A GAN that learns from long-tailed images paints the classes as unevenly as it saw them. In CBGAN generator
-and discriminator know no classes at all. Beside them stands a frozen classifier, trained beforehand on the
-same long-tailed data, that looks at each batch of fakes. What it sees is counted over cycles of 2000 steps
-and averaged (Eqs 5 and 6). A term in the generator's loss (Eq. 7) asks for batches spread over all classes,
-the more for a class the less of it there was.
+A GAN that learns from long-tailed images reproduces their imbalance. In CBGAN generator and discriminator
+get no labels. Beside them stands a frozen classifier, trained beforehand on the same long-tailed data,
+that looks at each batch of fakes. What it sees is counted over cycles of 2000 steps, older counts fading
+(Eqs 5 and 6). A term in the generator's loss (Eq. 7) asks for batches spread over all classes, and pushes
+hardest for the classes generated least so far.
 
     python cbgan.py --dataset shapeslt                               # first look: a CPU, minutes
     python cbgan.py --dataset cifar10lt --rho 100                    # the paper's run (Table 1); 10, 1
     python cbgan.py --dataset cifar10lt --reg-weight 0               # its baseline: no regulariser
     python cbgan.py --dataset cifar10lt --conditioning acgan         # with labels; cgan, pretrained (§4.2)
     python cbgan.py --dataset cifar100lt                             # Table 4, rho 10
-    python cbgan.py --dataset folder:LSUN --recipe lsun5             # Table 1; your copy of the images
+    python cbgan.py --dataset cifar10lt --cycle 500                  # Fig. 6
+    python cbgan.py --dataset cifar10lt --rho 10 --classifier C.pt   # Fig. 5; C: classifier.py --rho 100 ...
+    python cbgan.py --dataset folder:LSUN --recipe lsun5             # Table 1; your images, cut to rho
     python cbgan.py --dataset folder:INAT --recipe inat2019          # Table 4, labels by 1 / N_k
     python cbgan.py --dataset cifar10 --force-frequency 1000         # Fig. 3: class 0 counts as frequent
     python cbgan.py --dataset folder:PILE --classifier C.pt --reg-weight 10    # images without labels (§4.3)
 
-`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py; without it the one that is needed is
-trained first. PILE has one class directory, PILE/train/all/*: what the classes are, the classifier says. Each
-command resumes the run that it finds in its run directory: bit for bit on the CPU with as many threads.
-Cost, on two cores of an AMD EPYC: shapeslt 5 minutes 44 seconds with classifiers and scores; cifar10lt 0.67 s
-for a step with 64 images (the paper's has 256; never run in full).
-To aim at, on CIFAR-10 with rho 100 (P, Table 1): FID 36.97 without and 32.93 with the regulariser, KL to
-uniform 0.31 and 0.06. These FIDs are in the features of --features inception-fid.
+`--classifier runs/.../classifier.pt` is a checkpoint of classifier.py; if omitted, the classifier is
+trained first. PILE has one class directory, PILE/train/all/*; the classes are those of the classifier,
+which learnt from a few labelled images (classifier.py --label-fraction). Each command resumes the run
+that it finds in its run directory: bit for bit on the CPU with as many threads.
+Cost, on two cores of an AMD EPYC: shapeslt 5 minutes 44 seconds with classifiers and scores; cifar10lt
+0.67 s for a step with 64 images. The paper's has 256; a full run was never made.
+Target values, on CIFAR-10 with rho 100 (P, Table 1): FID 36.97 without and 32.93 with the regulariser, KL
+to uniform 0.31 and 0.06. These FIDs are in the features of --features inception-fid. Table 1's Acc. is
+classifier.py --train-on.
 
-P is the paper, A the authors' code (github.com/val-iisc/class-balancing-gan); CHOICE marks what they leave
-open. From A, because P does not say: Adam's eps, orthogonal initial weights, the real images of D's step used
-again in G's, batch statistics averaged with the weights (EMA). Where we differ, and why:
-  * The learning rate is 2e-4, as in P's text and in all of A; P's Tables 10 and 12 print 2e-3.
+P is the paper, A the authors' code (github.com/val-iisc/class-balancing-gan); CHOICE marks what they
+leave open. From A, because P does not say: Adam's eps, orthogonal initial weights, the real images of D's
+step used again in G's, batch statistics averaged with the weights (EMA). Where we differ, and why:
+  * The learning rate is 2e-4, as in P's text and throughout A; P's Tables 10 and 12 print 2e-3.
   * Leaky ReLUs of slope 0.1 also in SNResGAN, as in A; P's Tables 8 and 9 print ReLU (--slope 0).
   * P weighs class k with lambda / (K N_k), without bound when a class is never generated; A's weights sum
-    to K. Ours are A's; `--weighting paper` for P's. See `class_weights`.
+    to K. Ours are A's; `--weighting paper` for P's, with a floor. See `class_weights`.
   * A starts N_hat at 50 a class and the first count at 512; we start at 1 and 0. A never lets N_hat fall
-    below 1, which at iNaturalist's 256 counts a step makes all 1010 classes equal. Ours is a floor on the
-    share, 0.001 / K.
-  * Images go to the classifier with its own normalisation. A hands it [-1, 1], which is right only if it was
-    trained so.
-  * A counts evaluation samples with the same counters, and so loses those of a cycle. Only fakes of G's steps
-    count here.
-  * A never loads its annotator, the classifier that learnt from balanced data and counts the samples: the KL
-    that it logs is by the classifier in the loop. We print both. P has one network for iNaturalist, where no
-    balanced set exists: its KL is our kl_in_loop.
-  * A's discriminator blocks activate the skip connection too (an in-place ReLU). Ours take the raw input, as
-    P's references do.
-  * Scored are the weights that came closest on the way, as in P. P and A choose and score with the same real
-    images. We choose with other noise and other balanced images, if there are any. For cifar10lt and
-    cifar100lt these are *all* balanced training images, those withheld from the GAN included. G never sees
-    them, but the choice does; `--weights last` goes without.
-  * The final batch norm of the residual generator is unconditional, as in A. P says that iNaturalist's are
-    all conditional.
+    below 1, which at iNaturalist's 256 counts a step makes nearly all 1010 classes equal. Ours is a floor
+    on the share, 0.001 / K.
+  * Images go to the classifier with its own normalisation. A hands it [-1, 1], which is right only if it
+    was trained so.
+  * A counts evaluation samples with the same counters, and so loses those of a cycle. Only fakes of G's
+    steps count here.
+  * A never loads its annotator, the classifier that learnt from balanced data and counts the samples: the
+    KL that it logs is by the classifier in the loop. We print both. P has one network for iNaturalist,
+    where no balanced set exists: its KL is our kl_in_loop.
+  * A's discriminator blocks activate the skip connection too (an in-place ReLU). Ours take the raw input,
+    as P's references do.
+  * As in P, we score the weights with the smallest distance on the way. P and A choose and score with the
+    same real images. We choose with other noise and other balanced images; where there are none, the last
+    weights are scored. For cifar10lt and cifar100lt they are *all* balanced training images, those
+    withheld from the GAN included: G is not trained on them, but the choice uses them. `--weights last`
+    avoids this.
+  * The final batch norm of the residual generator is unconditional, as in A. P says that iNaturalist's
+    are all conditional.
   * Convolutions right before a batch norm have no bias; P's and A's do nothing there.
-  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp off`:
-    float32), fused Adam, real and fake in one pass of D.
-Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50); downloads of
-LSUN and iNaturalist. The classifier sees the GAN's image size; P shows it iNaturalist's at 224 pixels.
+  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp
+    off`: float32), fused Adam, real and fake in one pass of D.
+Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50);
+downloads of LSUN and iNaturalist. The classifier sees the GAN's image size; P shows it iNaturalist's at
+224 pixels.
 """
 
 import argparse
@@ -82,7 +88,7 @@ from datasets import InputError, at_least, decay, due, existing_file, fail, not_
 #   none        no labels at all
 #   inverse     random labels for G, drawn in proportion to 1 / N_k; none for D (iNaturalist)
 #   uniform     the same, each class equally likely: the ablation of appendix 6.5.2 (FID 11.58). With
-#               --reg-weight 0 it is Table 4's SNResGAN
+#               --reg-weight 0 it is Table 4's SNResGAN for iNaturalist
 #   acgan       conditional batch norm in G, a class head in D
 #   cgan        the same G, a projection in D
 #   pretrained  the same G, no labels for D; the classifier in the loop is ACGAN's class head (§4.2)
@@ -104,7 +110,7 @@ CIFAR10LT = dict(
 LSUN5 = CIFAR10LT | dict(image_size=64, architecture="snresgan", beta1=0.0)  # P, Tables 8 and 9, §4
 RECIPES = {
     "cifar10lt": CIFAR10LT,
-    # P, Table 12. CHOICE: its beta1; by reference to LSUN's settings P's text says 0.
+    # P, Table 12. CHOICE: its beta1; 6.5.1 refers to LSUN's settings, whose beta1 is 0.
     "cifar100lt": CIFAR10LT | dict(rho=10, architecture="snresgan"),
     "lsun5": LSUN5,
     # P, Table 12, appendix 6.5.2
@@ -118,9 +124,9 @@ RECIPES = {
         monitor_images=0, eval_images=10_000, reference="reference", sample_every=500,
         save_every=500),
 }  # fmt: skip
-# lambda by the imbalance of the data, the nearest one counts: P, Tables 5 and 12. LSUN's are A's,
-# where the weights sum to K; --weighting paper goes with P's 20, 7.5, 5. CHOICE for Fig. 3, where P
-# has none: that of balanced CIFAR-10.
+# lambda by the imbalance of the data; the entry nearest in log ratio is used: P, Tables 5 and 12.
+# LSUN's are A's, where the weights sum to K; --weighting paper goes with P's 20, 7.5, 5. CHOICE for
+# Fig. 3, where P has none: that of balanced CIFAR-10.
 LAMBDA = {
     "cifar10lt": {100: 10.0, 10: 7.5, 1: 5.0},
     "cifar100lt": {10: 0.5},
@@ -128,7 +134,8 @@ LAMBDA = {
     "inat2019": {1: 0.5},
     "shapeslt": {1: 2.0},
 }
-FREE = datasets.FREE | {"annotator", "sample_seed", "weights", "classifier"}  # its content is compared
+# classifier: its content is compared, not its path
+FREE = datasets.FREE | {"annotator", "sample_seed", "weights", "classifier"}
 
 
 def parse_settings(argv=None):
@@ -168,13 +175,14 @@ def parse_settings(argv=None):
     add("--generator-spectral-norm", action=argparse.BooleanOptionalAction, help="P: for iNaturalist")
     add("--beta1", type=decay, help="of Adam: decay of its average of gradients")
     add("--beta2", type=decay, help="of Adam: decay of its average of squared gradients")
-    add("--ema-start", type=at_least(0), help="the step until which the average is a copy")
+    add("--ema-start", type=at_least(0), help="step after which averaging starts")
     add = parser.add_argument_group("samples on the way and at the end").add_argument
     add("--monitor-every", type=at_least(0), help="steps between two looks at samples, for the log; 0: none")
     add("--monitor-images", type=number(int, lambda v: v == 0 or v >= 2, "0, or 2 or more"),
         help="samples for the distance that chooses the best weights; 0: no choice, KL alone")
     add("--weights", choices=("best", "last"), default="best", help="to score; best: by that distance")
-    add("--sample-seed", type=at_least(0), default=0, help="other samples, in their own directory: P's +-")
+    add("--sample-seed", type=at_least(0), default=0,
+        help="other samples, scored in their own directory: P's +-")
     add("--annotator", metavar="PATH", type=existing_file, help="a classifier trained on balanced data, to "
         "count samples with; default: that of --features if it is one, else one that is trained for it")
     args = datasets.read_settings(parser, argv, "cbgan", defaults, FREE)
@@ -197,18 +205,20 @@ def complete_settings(args, train):
     args.training_data = train.fingerprint
     labelled, classes = args.conditioning in LABELLED, train.classes
     if len(classes) == 1:
-        if labelled or not args.classifier:
+        if args.conditioning in ("acgan", "cgan") or not args.classifier:
             fail(f"{args.dataset} has one class directory, so its images count as unlabelled: they "
-                 "need --classifier PATH, and --conditioning none, uniform or inverse")
-        if args.reg_weight is None:
+                 "need --classifier PATH, and another --conditioning than acgan and cgan")
+        if args.reg_weight is None and not labelled:
             fail("--reg-weight is needed: unlabelled images don't tell how uneven their classes "
-                 "are; P's Table 5 has 10, 7.5, 5 for ratios of 100, 10, 1")
+                 "are; P's Table 11 has 10 and 7.5 for ratios of 100 and 10")
         classes = load_classifier(args.classifier).info["classes"]
+    if labelled and args.reg_weight is None:
+        args.reg_weight = 0.0
     if args.reg_weight is None:
         imbalance = (train.counts.max() / train.counts.min()).item()
         table = LAMBDA[args.recipe]
         nearest = min(table, key=lambda rho: abs(math.log(rho / imbalance)))
-        args.reg_weight = 0.0 if labelled else table[nearest]
+        args.reg_weight = table[nearest]
     if args.force_frequency and not args.reg_weight:
         fail("--force-frequency says how frequent the regulariser takes class 0 to be; lambda is 0")
     if args.reg_weight and len(classes) < 3:
@@ -260,7 +270,7 @@ FLOOR = 1e-3  # CHOICE: N_k counts as 0.001 / K at least: a class never generate
 def class_weights(N, weighting):
     """w (K,) from N (K,): what stands for 1 / N_k in Eq. 7. All 1 where N is uniform.
 
-    "paper"     w_k = 1 / (K N_k): Eq. 7, with P's lambda divided by K as below its Table 5
+    "paper"     w_k = 1 / (K N_k), at most 1 / FLOOR: Eq. 7, lambda divided by K as below P's Table 5
     "sum-to-K"  w_k = K (1 / N_k) / sum_j (1 / N_j): A. |lambda L_reg| can't exceed lambda K / e
     Their ratio, paper over sum-to-K, is sum_j (1 / N_j) / K^2, arithmetic over harmonic mean of N:
     the same for each class. So the gradient of L_reg points the same way. P's is longer, 6.2 times
@@ -289,7 +299,7 @@ def class_balancing_regulariser(p_hat, w):
 # --------------------------------------------------------------------------------------------------
 # Networks
 # --------------------------------------------------------------------------------------------------
-# All start from 4 x 4 pixels and double. Parameters at the paper's sizes, without labels:
+# Generators start from 4 x 4 pixels and double. Parameters at the paper's sizes, without labels:
 #                        G           G of P and A         D, as in P and A
 #   sndcgan   32    3,811,907    448 more: biases    2,928,193
 #   snresgan  32    4,275,971    768 more            1,053,825
@@ -471,7 +481,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x, y=None):
         h = self.layers(x).float().sum((2, 3))  # (B, width): sum over the pixels, not mean
-        with torch.autocast(x.device.type, enabled=False):  # scores are compared: not in 8 bits
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16's 8 bits are too few to compare
             score = self.score(h)[:, 0]
             if self.projection is not None:  # Miyato & Koyama 2018: w h + b + <e_y, h>
                 score = score + (self.projection(y) * h).sum(1)
@@ -485,7 +495,7 @@ SAMPLING_BATCH = 500  # images
 GRID, MONITOR, FINAL = range(3)  # three kinds of samples; no two share their noise
 
 
-def draw_labels(n, N, conditioning, generator=None):
+def draw_labels(n, N, conditioning, random=None):
     """y (n,) int64 for a generator that takes labels, None for one that does not. N (K,): Eq. 6.
 
     Each class equally likely; with "inverse" in proportion to 1 / N_k (P, appendix 6.5.2), so that
@@ -494,7 +504,7 @@ def draw_labels(n, N, conditioning, generator=None):
     if conditioning == "none":
         return None
     probability = class_weights(N, "paper") if conditioning == "inverse" else torch.ones(len(N))
-    return torch.multinomial(probability, n, replacement=True, generator=generator)
+    return torch.multinomial(probability, n, replacement=True, generator=random)
 
 
 def noise_and_labels(n, N, conditioning, device):
@@ -507,53 +517,53 @@ def noise_and_labels(n, N, conditioning, device):
 
 
 def latents(n, kind, seed):
-    """z (n, 128) for samples to look at, and a generator to draw their labels with. On the CPU."""
-    generator = torch.Generator().manual_seed(datasets.seed_from(kind, seed))
-    return torch.randn(n, LATENT, generator=generator), generator
+    """z (n, 128) for samples, and the random generator to draw their labels with. On the CPU."""
+    random = torch.Generator().manual_seed(datasets.seed_from(kind, seed))
+    return torch.randn(n, LATENT, generator=random), random
 
 
 @torch.no_grad()
-def generate(generator, z, y, amp):
+def generate(ema, z, y, amp):
     """Images (n, 3, H, W) uint8 on the CPU from z (n, 128) and y (n,) or None.
 
-    generator: the averaged one, in eval mode.
+    ema: the averaged generator, in eval mode.
     """
-    device = next(generator.parameters()).device
+    device = next(ema.parameters()).device
     images = []
     for i in range(0, len(z), SAMPLING_BATCH):
         part = slice(i, i + SAMPLING_BATCH)
         y_part = None if y is None else y[part].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            x = generator(z[part].to(device), y_part)
+            x = ema(z[part].to(device), y_part)
         images.append(datasets.to_uint8(x))
     return torch.cat(images)
 
 
-def draw_samples(generator, n, kind, seed, N, args, amp, y=None):
+def draw_samples(ema, n, kind, seed, N, args, amp, y=None):
     """(n, 3, H, W) uint8. y (n,): what to ask for; None: drawn as in training. kind: see GRID."""
     z, random = latents(n, kind, seed)
     if y is None:
         y = draw_labels(n, N, args.conditioning, random)
-    return generate(generator, z, y, amp)
+    return generate(ema, z, y, amp)
 
 
-def sample_grid(generator, C, classes, N, args, amp, device):
+def sample_grid(ema, C, classes, N, args, amp, device):
     """A row for each of these classes, always from the same noise: (10 rows, 3, H, W) uint8.
 
     With labels, samples of that label; else samples that C takes for that class.
     """
     if args.conditioning in LABELLED:
         y = classes.repeat_interleave(datasets.GRID_COLUMNS)
-        return draw_samples(generator, len(y), GRID, args.seed, N, args, amp, y)
-    n = min(50 * len(N), 5_000)  # enough to find most classes in
-    images = draw_samples(generator, n, GRID, args.seed, N, args, amp)
+        return draw_samples(ema, len(y), GRID, args.seed, N, args, amp, y)
+    n = min(50 * len(N), 5_000)  # usually enough to hold most classes
+    images = draw_samples(ema, n, GRID, args.seed, N, args, amp)
     return datasets.rows_of(images, predict(C, images, device), classes)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-LOSSES = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3, 7; the baselines'
+LOGGED = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3, 7; the baselines'
 KL_IMAGES = 1_000  # samples for KL in the log where --monitor-images is 0
 
 
@@ -564,7 +574,7 @@ def say(warning):
 def classifier_in_the_loop(args, train, classes, device):
     """C, frozen: images (B, 3, H, W) in [-1, 1] -> logits (B, K). None where it is not needed.
 
-    ACGAN and cGAN do without, but take a given one for the log. A plain GAN is only looked at.
+    ACGAN and cGAN do without, but take a given one for the log. For a plain GAN it is used for the log alone.
     """
     if args.conditioning in ("acgan", "cgan") and not args.reg_weight and not args.classifier:
         return None
@@ -578,27 +588,29 @@ def classifier_in_the_loop(args, train, classes, device):
     right = C.info["test_accuracy"]
     shown = ", ".join(f"{name} {x:.1%}" for name, x in right.items() if x is not None)
     print(f"classifier in the loop: {C.info['path']}, test images right: {shown}", flush=True)
-    if args.reg_weight and min(right["tail"], *rarest) < 0.05:
+    if args.reg_weight and min(x for x in [right["tail"], *rarest, 1] if x is not None) < 0.05:
         say("the classifier can hardly tell the tail. With one whose performance is 0 on the rarest class, "
             'P\'s "algorithm diverges and is not able to produce meaningful results" (§4.4)')
     return C
 
 
 def find_annotator(args, C, classes, device, train_one=False):
-    """The classifier that learnt from balanced data and counts samples; None if it is yet to be trained."""
+    """The classifier that counts samples, in P one of balanced data. None: not named, and not train_one."""
     kind, _, of_features = (args.features or "").partition(":")
     path = args.annotator or (of_features if kind == "classifier" else None)
     in_loop = Path(C.info["path"]) if C else None
-    if path:
-        if in_loop and in_loop.samefile(path):
-            fail(f"{path} is the classifier in the loop; take another annotator")
-        return load_classifier(path, device, classes, args.image_size)
-    if not train_one:
+    if not path and not train_one:
         return None
-    annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
-                                  device=device)
+    if path:
+        annotator = load_classifier(path, device, classes, args.image_size)
+    else:
+        annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
+                                      device=device)
     if in_loop and in_loop.samefile(annotator.info["path"]):
-        say("the annotator is the classifier in the loop")
+        say("the annotator is the classifier in the loop: it may be pleased by images that please itself")
+    counts = load_split(args, "reference").counts
+    if not path and counts.max() > 2 * counts.min():
+        say("no split is balanced: the annotator has learnt from uneven classes, like the one in the loop")
     return annotator
 
 
@@ -643,7 +655,7 @@ def how_to_choose(args, device):
     return {"network": network, "features": features, "split": split, "words": words}
 
 
-def monitor(generator, N, choice, watchers, args, amp, device):
+def monitor(ema, N, choice, watchers, args, amp, device):
     """A row of the log: what samples of the averaged generator are like, and N.
 
     monitored_distance, if there is a choice; kl_<name>: KL to uniform of what each watcher sees.
@@ -651,7 +663,7 @@ def monitor(generator, N, choice, watchers, args, amp, device):
     import metrics
 
     n = args.monitor_images or KL_IMAGES
-    images = draw_samples(generator, n, MONITOR, args.seed, N, args, amp)
+    images = draw_samples(ema, n, MONITOR, args.seed, N, args, amp)
     row = {}
     if choice:
         features, _ = metrics.extract_features(images, choice["network"], device)
@@ -722,7 +734,7 @@ def main(argv=None):
     optimizer_G = torch.optim.Adam(G.parameters(), **adam)
     optimizer_D = torch.optim.Adam(D.parameters(), **adam)
     batches = datasets.Batches(train, B, flip=args.flip, device=device, seed=args.seed)
-    log = datasets.Log(args, LOSSES, device)
+    log = datasets.Log(args, LOGGED, device)
     parts = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
              "batches": batches, "log": log}
     N_hat = torch.ones(K, dtype=torch.float64)  # on the CPU: it changes once a cycle

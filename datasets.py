@@ -927,6 +927,8 @@ def read_settings(parser, argv, script, defaults, free=FREE):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
 
+    if args.eval_only and not args.eval_images:
+        fail("--eval-only with --eval-images 0 leaves nothing to do")
     if args.scores != parser.get_default("scores"):  # the default needs no check, and the module a second
         import metrics
 

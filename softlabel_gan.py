@@ -1,13 +1,17 @@
 """Softlabel-GAN: label augmentation for conditional GANs (Katsumata, Vo, Nakayama; WACV 2024).
 
-A conditional GAN that learns from few and unevenly spread images paints a rare class as the same
-few pictures. Softlabel-GAN is a BigGAN with another kind of label: the discriminator D is not told
-the class of a real image, but what a classifier C, trained beforehand on the same images, makes of
-it: .7 dog, .2 cat, .1 horse. D's score is linear in the label, so this dog counts a little as a
-cat, and the cats borrow the variety of the dogs. Fakes, and the generator G, keep one-hot labels,
-each class equally often. A classifier that knew its images by heart would say the same of each dog,
-however much it looks like a cat; ours is rewarded for doubt (`entropy_rewarded_loss` in
-classifier.py).
+A conditional GAN that learns from few and unevenly spread images keeps generating the same few
+pictures for a rare class. Softlabel-GAN is a BigGAN with another kind of label: in place of a real
+image's class, the discriminator D gets the class probabilities of a classifier C, trained
+beforehand on the same images: .7 dog, .2 cat, .1 horse. D's score is linear in the label, so this
+dog counts a little as a cat, and the cats borrow the variety of the dogs. Fakes keep one-hot
+labels, drawn uniformly. C has P's SpinalNet head, and is rewarded for doubt with weight 0.3; but
+one that has memorised its images only smooths their labels all the same, so ours also stops early
+(classifier.py, `entropy_rewarded_loss`). `samples/borrowed.png` shows which images of other classes
+a class borrows.
+
+P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose
+training loop does not run as released; CHOICE marks what none of them says.
 
     python softlabel_gan.py --dataset shapeslt                     # first look: a CPU, minutes
     python softlabel_gan.py --dataset cifar10imb                   # the paper's run (Table 2)
@@ -20,30 +24,33 @@ classifier.py).
     python softlabel_gan.py --dataset folder:PATH --image-size 128 # your own images; 64, 256 too
 
 `--classifier runs/.../classifier.pt` takes a checkpoint of `classifier.py --soft-labels`. Without
-it that one is trained first, the same for each --seed. Its labels are computed once and stay with
-the run, in soft_labels.npz. Each command resumes the run that it finds in its run directory: bit
-for bit on the CPU with the same number of threads. Cost, on two cores of an AMD EPYC: shapeslt
-5.5 minutes with everything; cifar10imb 1.9 s for a step of D and one of G with 32 images (the
-paper's has four of 128 and one; never run in full).
-To aim at, on cifar10imb with one-hot, smoothed, soft labels (P, Table 2): FID 57.24, 66.75, 54.59;
+it one is trained first, the same for each --seed. Its labels are computed once and kept in the run
+directory, in soft_labels.npz. Each command resumes the run that it finds in its run directory: bit
+for bit on the CPU with the same number of threads. Scores of the final samples are in metrics.json
+and per_class.csv; the tables' other columns are --scores all (LPIPS, precision, recall, density,
+coverage; intra-FID is always there).
+Cost, on two cores of an AMD EPYC: shapeslt 5.5 minutes with everything; cifar10imb 1.9 s for a step
+of D and one of G with 32 images. The full step is four steps of D with 128 images each and one of
+G; a full run was never made.
+Targets, on cifar10imb with one-hot, smoothed, soft labels (P, Table 2): FID 57.24, 66.75, 54.59;
 intra-FID 112.96, 125.31, 109.79; of 10,000 samples (P) against the balanced test images (A). Mixup
-has FID 56.36, Oversample 59.03 (P, Table 4). P's Table 3 has other FIDs for the same methods and
-gives no reason. 149 to 2,232 images count for a class (P, Table 1).
+has FID 56.36, Oversample 59.03 (P, Table 4). Table 3 has 36.72 for the same Softlabel-GAN and does
+not say why; without DiffAugment 79.16, 83.68, 72.81. 149 to 2,232 images count for a class (Table
+1).
 
-P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose
-training loop does not run as released; CHOICE marks what none of them says. From A, because P does
-not say: BigGAN-PyTorch's layers and initial weights, Adam's betas and eps, four steps of D for one
-of G at 32 pixels, flips, EMA. Where we differ:
-  * Fakes have the hinge, as in A; P's Eq. 3 has lost it in print.
+From A, because P does not say: BigGAN-PyTorch's layers and initial weights, Adam's betas and eps,
+four steps of D for one of G at 32 pixels, flips, EMA. Where we differ:
+  * Fakes have the hinge, as in A; P's Eq. 3 omits it, probably a misprint.
   * Smoothed labels sum to 1, as in P; A's sum to 1 - alpha / K.
   * The table of --labels ols is divided by rows; A divides by columns.
   * Oversampling draws class c with probability (1 - alpha) n_c / N + alpha / K. A's weights are
     right at alpha = 1; at 0, where S has the data's distribution, they are inverse to it.
   * Batches are P's, 128 at 32 pixels (A's scripts: 50), and DiffAugment has all three parts (A's
     scripts: without colour).
-  * The classifier of CIFAR and of the shapes is a ResNet-32 from scratch, P's backbone for CIFAR
-    being unknown. That of larger images is a Wide-ResNet-101-2 with ImageNet's weights, as in A; P
-    does not mention them. A tenth of the images decides when it stops; A trains it on all of them.
+  * Under the SpinalNet head, CIFAR and the shapes have a ResNet-32 from scratch, P's backbone for
+    CIFAR being unknown. That of larger images is a Wide-ResNet-101-2 with ImageNet's weights, as in
+    A; P does not mention them. A tenth of the images decides when it stops; A trains it on all of
+    them.
   * Samples are made with the batch statistics of training; A's 32-pixel scripts use those of each
     batch of samples.
   * The last weights are scored. A scores those that had the best FID on the way, against the very
@@ -80,13 +87,13 @@ from datasets import at_least, due, fail, number, positive, share, to_device
 # --------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------
-# What D is told of a real image
-#   soft     what a classifier makes of it (Softlabel-GAN)
+# The label that D gets with a real image
+#   soft     the probabilities of a classifier (Softlabel-GAN)
 #   onehot   its class (DiffAug-GAN; without DiffAugment BigGAN)
 #   smooth   its class with 1 - alpha, and alpha spread over all classes (Smooth-GAN)
 #   ols      the mean of `soft` over the images of its class
 #   mixup    its class, mixed with another image's as the images are
-#   cotrain  what a classifier makes of it that learns beside the GAN
+#   cotrain  the probabilities of a classifier that learns beside the GAN
 LABELS = ("soft", "onehot", "smooth", "ols", "mixup", "cotrain")
 POLICIES = ("color", "translation", "cutout")
 
@@ -97,8 +104,8 @@ AT_32 = dict(
     flip=True,  # A
     batch_size=128, lr=2e-4, lr_d=2e-4,  # P
     d_steps=4,  # A
-    # CHOICE, here and below, as P gives no length: as many images as in A. At 32 pixels those of
-    # its script for small data sets, 5,000 epochs of 3,208; above, of 1,000 epochs of AnimeFace.
+    # CHOICE, as P gives no length: as many images as A sees. Here 5,000 epochs of 3,208 images (its
+    # script for small data sets), at 64 pixels and above 1,000 of AnimeFace's 14,490.
     steps=31_000,
     ema=0.9999, ema_start=1_000,  # A
     eval_images=10_000,  # P
@@ -122,7 +129,8 @@ RECIPES = {
     128: AT_128,
     256: AT_128 | dict(image_size=256),  # CHOICE: as 128; neither P nor A says
 }
-SHAPES_RHO = 26.5  # CHOICE: as imbalanced CIFAR-10. With 100 a rare class is mostly other classes
+# CHOICE: as imbalanced CIFAR-10. At 100 most of what counts for a rare class is of other classes.
+SHAPES_RHO = 26.5
 FREE = datasets.FREE | {"sample_seed", "classifier"}  # classifier: its labels are compared instead
 
 
@@ -139,23 +147,24 @@ def parse_settings(argv=None):
 
     parser = datasets.settings_parser(f"Softlabel-GAN; defaults: those at {size} pixels")
     add = parser.add_argument_group("method").add_argument
-    add("--labels", choices=LABELS, help="what D is told of real images; see the script")
+    add("--labels", choices=LABELS, help="D's labels of real images: soft, a classifier's; onehot; smooth; "
+        "ols, soft averaged by class; mixup; cotrain, of a classifier that learns along")
     add("--classifier", metavar="PATH", type=datasets.existing_file,
         help="whose labels soft and ols take; default: one that is trained first")
-    add("--smoothing", type=share, metavar="ALPHA", help="of smooth")
+    add("--smoothing", type=share, metavar="ALPHA", help="alpha of --labels smooth")
     add("--oversample", type=share, default=0.0, metavar="ALPHA",
         help="real images by class: from 0, as in the data, to 1, each class equally often")
     some = f'some of {",".join(POLICIES)}, or ""'
     policy = number(str, lambda text: not text or set(text.split(",")) <= set(POLICIES), some)
     add("--diffaug", type=policy, metavar="POLICY", help=f"parts of DiffAugment: {some}")
     add = parser.add_argument_group("networks and optimisers").add_argument
-    add("--width", type=at_least(1), help="ch of BigGAN, the generator's")
-    add("--discriminator-width", type=at_least(1), help="the discriminator's")
+    add("--width", type=at_least(1), help="base width of the generator, ch of BigGAN")
+    add("--discriminator-width", type=at_least(1), help="base width of the discriminator")
     add("--d-steps", type=at_least(1), help="steps of D before each step of G")
     add("--lr-d", type=positive, help="learning rate of D")
-    add("--ema-start", type=at_least(0), help="the step until which the average is a copy")
+    add("--ema-start", type=at_least(0), help="step after which averaging starts")
     add("--sample-seed", type=at_least(0), default=0,
-        help="another one: other samples to score, in a directory of their own")
+        help="another one scores other samples, in a directory of their own")
     args = datasets.read_settings(parser, argv, "softlabel_gan", defaults, FREE)
 
     if args.classifier and args.labels not in ("soft", "ols"):
@@ -170,20 +179,20 @@ def parse_settings(argv=None):
 # --------------------------------------------------------------------------------------------------
 # The paper's equations
 # --------------------------------------------------------------------------------------------------
-# x_r, x_f   (B, 3, R, R) real and fake images, in [-1, 1]       K   number of classes
-# y_hat      (B, K) what D is told of real images                C   the classifier
-# y_f        (B, K) labels of fakes: one-hot, uniform            p   (N, K) C's probabilities
-# D_real     (B,) D(x_r, y_hat), scores without bound                of the N training images
-# D_fake     (B,) D(x_f, y_f), likewise                          z   (B, d_z) standard normal
-# Every label is a distribution over the classes: it sums to 1.
+# x_r, x_f   (B, 3, R, R) real and fake images, in [-1, 1]     K  number of classes
+# y_hat      (B, K) labels of real images                      N  number of training images
+# y_f        (B, K) labels of fakes: one-hot, uniform          C  the classifier
+# D_real     (B,) D(x_r, y_hat), scores without bound          p  (N, K) C's probabilities of them
+# D_fake     (B,) D(x_f, y_f), likewise                        z  (B, d_z) standard normal
+# D sees every image after DiffAugment. Every label is a distribution over the classes.
 def discriminator_loss(D_real, D_fake):
     """Eqs 1 and 3: E[f_D(-D(x_r, y_hat))] + E[f_D(D(x_f, y_f))], f_D(t) = max(0, 1 + t). Scalar.
 
-    Eq. 1 has the one-hot y_r for y_hat. As printed, Eq. 3 has lost the second f_D: D would gain for
-    ever by scoring fakes lower. A has this hinge on both.
+    Eq. 1 has the one-hot y_r for y_hat. As printed, Eq. 3 omits the second f_D: D could lower its
+    loss without limit by scoring fakes lower. A has this hinge on both.
     """
     # TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean(), the loss of the first GANs. It
-    # has no margin: D pushes its scores apart for ever, see D_real and D_fake in the log.
+    # has no margin: D pushes its scores apart without limit, see D_real and D_fake in the log.
     return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()
 
 
@@ -220,12 +229,12 @@ def online_label_smoothing(p, classes):
     K = p.shape[1]
     right = p.argmax(1) == classes
     y, p = F.one_hot(classes[right], K).to(p), p[right]
-    total, number = y.T @ p, y.sum(0)[:, None]  # (K, K), (K, 1)
-    return torch.where(number > 0, total / number.clamp(min=1), torch.eye(K, dtype=p.dtype))
+    total, count = y.T @ p, y.sum(0)[:, None]  # (K, K), (K, 1)
+    return torch.where(count > 0, total / count.clamp(min=1), torch.eye(K, dtype=p.dtype))
 
 
 def label_augmentation(how, classes, K, p=None, alpha=0.1):
-    """§4.2, the function T_y: what D is told of the training images, (N, K) float32.
+    """§4.2, the function T_y: the labels that D gets with the training images, (N, K) float32.
 
     classes (N,): those of the images. p (N, K): for soft and ols. What is returned for mixup and
     cotrain is one-hot: the loop changes it.
@@ -378,8 +387,11 @@ class Attention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        q, k, v = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        q, k, v = (t.flatten(2).transpose(1, 2) for t in (q, k, v))  # (B, pixels, channels)
+        def rows(t):
+            return t.flatten(2).transpose(1, 2)  # (B, pixels, channels)
+
+        q = rows(self.query(x))
+        k, v = (rows(F.max_pool2d(conv(x), 2)) for conv in (self.key, self.value))
         h = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # no 1 / sqrt(d), as in SAGAN
         return x + self.gamma * self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -411,11 +423,12 @@ class Generator(nn.Module):
         self.hierarchical = image_size > 32
         if self.hierarchical:
             self.shared = nn.Linear(num_classes, EMBEDDING, bias=False)
-            first, code_size, eps = CHUNK, EMBEDDING + CHUNK, 1e-4  # eps, of the batch norms: A
+            z_size, code_size = CHUNK, EMBEDDING + CHUNK
         else:
             self.shared = nn.Identity()
-            first, code_size, eps = FLAT_LATENT, num_classes, 1e-5
-        self.first = nn.Linear(first, 4 * 4 * widths[0])
+            z_size, code_size = FLAT_LATENT, num_classes
+        eps = 1e-4 if self.hierarchical else 1e-5  # of the batch norms: A
+        self.first = nn.Linear(z_size, 4 * 4 * widths[0])
         blocks = [GeneratorBlock(a, b, code_size, eps) for a, b in pairwise(widths)]
         self.blocks = nn.ModuleList(blocks)
         # Block i gives 8 * 2^i pixels a side.
@@ -432,8 +445,8 @@ class Generator(nn.Module):
         code = self.shared(y)
         codes = [code] * len(self.blocks)
         if self.hierarchical:
-            z, *parts = z.split(CHUNK, 1)
-            codes = [torch.cat([code, part], 1) for part in parts]
+            z, *chunks = z.split(CHUNK, 1)
+            codes = [torch.cat([code, chunk], 1) for chunk in chunks]
         h = self.first(z).view(len(z), -1, 4, 4)
         for i, (block, c) in enumerate(zip(self.blocks, codes, strict=True)):
             h = block(h, c)
@@ -443,7 +456,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (B, 3, R, R) in [-1, 1], y (B, K) a distribution over classes -> scores (B,) without bound.
+    """x (B, 3, R, R) augmented, y (B, K) a distribution over classes -> scores (B,) without bound.
 
     §4.3: D(x, y) = phi(x) V y + psi(phi(x)). V has no bias, so the score is linear in y: where y
     sums to 1, D(x, y) is the mean of D(x, class) weighted by y. A one-hot y picks a column of V,
@@ -488,7 +501,7 @@ def noise_and_labels(n, d_z, K, device):
 
 
 def latents(n, d_z, kind, seed):
-    """z (n, d_z) for samples to look at, from the CPU: the same on each device."""
+    """z (n, d_z) for samples to look at or to score, from the CPU: the same on each device."""
     generator = torch.Generator().manual_seed(datasets.seed_from(kind, seed))
     return torch.randn(n, d_z, generator=generator)  # TRY: 0.5 * this: cleaner, more alike
 
@@ -521,7 +534,8 @@ def sample_grid(generator, classes, K, args, amp):
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
-LOSSES = ("L_D", "L_G", "L_C", "D_real", "D_fake")  # as in the log; L_C: cotrain's classifier
+# In the log, of D's last step for each step of G. L_C: cotrain's classifier.
+LOGGED = ("L_D", "L_G", "L_C", "D_real", "D_fake")
 COUNTS_ABOVE = 0.01  # the probability from which an image counts for a class: P, §4.2
 
 
@@ -553,25 +567,26 @@ def main(argv=None):
     K, B = len(train.classes), args.batch_size
     if K < 2:
         fail(f"{args.dataset} has one class; a conditional GAN needs two")
-    if args.eval_images:  # missing? now, and not after the training
+    if args.eval_images:  # if it is missing, fail now and not after the training
         datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho)
 
-    # What D is told of each training image, (N, K). A mirrored image keeps its label (A).
+    # The labels that D gets with the training images, (N, K). For soft, T_y(x) = C(x): C sees each image
+    # once, neither mirrored nor augmented. It is trained here if need be.
     p = None
     if args.labels in ("soft", "ols"):
         p = labels_by_classifier(args, train, run_dir, device)
-    told = label_augmentation(args.labels, train.labels, K, p, args.smoothing)
-    labels_hash = hashlib.sha256(told.numpy().tobytes()).hexdigest()
+    y_train = label_augmentation(args.labels, train.labels, K, p, args.smoothing)
+    labels_hash = hashlib.sha256(y_train.numpy().tobytes()).hexdigest()
     if state and state.get("labels_hash") != labels_hash:
         fail(f"{run_dir} holds a run with other labels; choose another --run-dir")
     counted = None  # with mixup and cotrain, which make their labels in the loop
     if args.labels not in ("mixup", "cotrain"):
-        counted = images_that_count(told, COUNTS_ABOVE).tolist()
+        counted = images_that_count(y_train, COUNTS_ABOVE).tolist()
     grid_classes = datasets.grid_classes(train.counts)
     if p is not None:
-        draw_borrowed(run_dir / "samples" / "borrowed.png", train, told, grid_classes)
+        draw_borrowed(run_dir / "samples" / "borrowed.png", train, y_train, grid_classes)
 
-    # Generator, its moving average, which samples, and discriminator.
+    # Generator, its moving average (used for sampling), and discriminator.
     torch.manual_seed(args.seed)
     layout = dict(memory_format=torch.channels_last)  # convolutions in bfloat16 are fastest with it
     G = Generator(args.image_size, args.width, K).to(device, **layout)
@@ -583,8 +598,9 @@ def main(argv=None):
     optimizer_G = torch.optim.Adam(G.parameters(), args.lr, **adam)
     optimizer_D = torch.optim.Adam(D.parameters(), args.lr_d, **adam)
     real_by = args.oversample or "data"
-    batches = datasets.Batches(train, B * args.d_steps, real_by, args.flip, device, args.seed, told)
-    log = datasets.Log(args, LOSSES, device)
+    # Each image comes with its row of y_train: the whole method, as far as the loop is concerned.
+    batches = datasets.Batches(train, B * args.d_steps, real_by, args.flip, device, args.seed, y_train)
+    log = datasets.Log(args, LOGGED, device)
     parts = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
              "batches": batches, "log": log}
     if args.labels == "cotrain":
@@ -598,7 +614,8 @@ def main(argv=None):
         start = state["step"]
     del state  # a second copy of everything
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
-    precision, resumed = ", bf16" if amp else "", f"; resumed at step {start}" if start else ""
+    precision = ", bf16" if amp else ""
+    resumed = f"; resumed at step {start}" if start else ""
     print(f"BigGAN, labels {args.labels}, DiffAugment {args.diffaug or 'off'}, on {args.dataset}: "
           f"{train.summary}; {parameters[0]:,} + {parameters[1]:,} parameters; "
           f"{device}{precision}; {run_dir}{resumed}", flush=True)
@@ -612,7 +629,7 @@ def main(argv=None):
         datasets.write_config(args, device, **about)
         with datasets.stop_signals() as stop, log.open(start, args.steps):
             for step in range(start, args.steps):
-                # Real images for all steps of D, and what D is told of them.
+                # Real images for all steps of D, and their labels.
                 x_all, y_all = next(batches)
                 if args.labels == "mixup":  # one lambda for all of them (A)
                     lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()
@@ -621,10 +638,10 @@ def main(argv=None):
 
                 # D, --d-steps times.
                 for x_r, y_hat in zip(x_all.split(B), y_all.split(B), strict=True):
-                    # Co-training: C learns from the classes, and the same pass gives the labels.
-                    # CHOICE: S has one sentence on it.
+                    # Co-training. CHOICE, as S has one sentence on it: C learns at each step of D,
+                    # and the same pass, in training mode, gives the labels.
                     if args.labels == "cotrain":
-                        y_r = y_hat.argmax(1)
+                        y_r = y_hat.argmax(1)  # y_train is one-hot
                         with autocast():
                             logits = C(x_r).float()
                         y_hat = logits.detach().softmax(1)
@@ -650,15 +667,15 @@ def main(argv=None):
                 D.requires_grad_(False)  # its gradients would be computed and thrown away
                 z, y_f = noise_and_labels(B, d_z, K, device)
                 with autocast():
-                    x_f = diffaugment(net_G(z, y_f), args.diffaug)
-                    L_G = generator_loss(net_D(x_f, y_f))  # Eq. 2
+                    x = diffaugment(net_G(z, y_f), args.diffaug)
+                    L_G = generator_loss(net_D(x, y_f))  # Eq. 2
                 D.requires_grad_(True)
                 optimizer_G.zero_grad()
                 L_G.backward()
                 optimizer_G.step()
 
                 done = step + 1
-                # TRY: update(0): samples are the last step's, and grids jump from one to the next
+                # TRY: update(0): samples are of the raw weights, and the grids jump about
                 average.update(args.ema if done > args.ema_start else 0)
 
                 log.add(L_D, L_G, L_C, D_real.mean(), D_fake.mean())

@@ -858,12 +858,17 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
         return model.images > 0, torch.equal(images, first)
 
     assert made_again(args) == (False, True)
-    assert made_again(sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})) == (False,
-                                                                                                        True)
+    other_scores = sampling_settings(**vars(args) | {"scores": "all", "features": "inception"})
+    assert made_again(other_scores) == (False, True)
     assert made_again(sampling_settings(**vars(args) | {"eval_only": True})) == (True, True)
     # the script may have been edited since
     assert made_again(sampling_settings(**vars(args) | {"eval_only": True}))[0]
-    assert made_again(args)[0]  # the samples there are now those of --eval-only
+    assert made_again(args) == (False, True)  # those of --eval-only are as good
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "samples.npz").rename(moved / "samples.npz")
+    assert made_again(sampling_settings(**vars(args) | {"run_dir": str(moved)})) == (False, True)
+    (moved / "samples.npz").rename(tmp_path / "samples.npz")
     assert made_again(sampling_settings(**vars(args) | {"gamma": 0.5}))[0]
     made_again(args)
     with torch.no_grad():

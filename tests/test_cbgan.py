@@ -686,7 +686,7 @@ class Plain(torch.nn.Module):
 def test_each_option_of_the_method_trains(flags, regularised, tiny, tmp_path):
     cbgan.main([*tiny, "--sample-every", "3", *flags.split(), "--run-dir", str(tmp_path)])
     row = log_of(tmp_path)[-1]
-    assert all(math.isfinite(row[k]) for k in cbgan.LOSSES)
+    assert all(math.isfinite(row[k]) for k in cbgan.LOGGED)
     assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N"
                                                                                                   in row)
     assert (row["L_G_class"] > 0) == ("acgan" in flags or "pretrained" in flags)
@@ -968,9 +968,48 @@ def test_a_classifier_for_something_else_is_refused_by_name(tiny, judges, tmp_pa
     with pytest.raises(InputError,
                        match="classifier.pt is for shapeslt.*16 pixels.*wanted are images of 32 pixels"):
         cbgan.main([*tiny, "--image-size", "32", "--run-dir", str(tmp_path / "run")])
-    run = [*tiny, "--eval-images", "20", "--annotator", judges.loop, "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(InputError, match="is the classifier in the loop"):
-        cbgan.main(run)
+
+
+def test_an_annotator_that_is_no_independent_one_is_warned_of(tiny, judges, tmp_path, monkeypatch, capsys):
+    """P has one network for both where it has no balanced set, so it is no error."""
+    cbgan.main([*tiny, "--eval-images", "20", "--annotator", judges.loop, "--features",
+                f"classifier:{judges.annotator}", "--run-dir", str(tmp_path / "run")])
+    assert "the annotator is the classifier in the loop" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").exists()
+    for c, n in enumerate((9, 4, 3)):  # a folder that is uneven throughout
+        (tmp_path / "mine" / str(c)).mkdir(parents=True)
+        for i in range(n):
+            image = np.full((16, 16, 3), 40 * c + i, np.uint8)
+            Image.fromarray(image).save(tmp_path / "mine" / str(c) / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "SOFT_RECIPE", classifier.SOFT_RECIPE | {"epochs": 1})
+    monkeypatch.setattr(classifier, "PAPER_RECIPE", classifier.PAPER_RECIPE | {"epochs": 1})
+    args = cbgan.parse_settings(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16"])
+    annotator = cbgan.find_annotator(args, None, list("012"), torch.device("cpu"), train_one=True)
+    assert annotator.info["split"] == "reference" and "uneven classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--conditioning none --reg-weight 10", "--conditioning pretrained"])
+def test_images_without_labels(flags, tiny, judges, tmp_path, capsys):
+    """§4.3: one class directory; what the classes are, and what is in the samples, the classifier says."""
+    folder = tmp_path / "pile" / "train" / "all"
+    folder.mkdir(parents=True)
+    for i, image in enumerate(datasets.load("shapeslt", "unused", "train", 16).images[::80]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    run = [*tiny[2:], "--dataset", f"folder:{tmp_path}/pile", "--image-size", "16", "--eval-images", "20",
+           "--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run")]
+    if "none" in flags:
+        with pytest.raises(InputError, match="--reg-weight is needed"):
+            cbgan.main([*run, "--conditioning", "none"])
+    with pytest.raises(InputError, match="one class directory"):
+        cbgan.main([*run, "--conditioning", "acgan"])
+    cbgan.main([*run, *flags.split()])
+    assert "10 classes" in capsys.readouterr().out
+    state = state_of(tmp_path / "run")
+    assert state["N_hat"].shape == (10,)
+    assert state["c"].sum() == (3 * 8 if "none" in flags else 0)  # within the first cycle
+    with np.load(tmp_path / "run" / "samples.npz") as samples:
+        assert samples["predicted" if "none" in flags else "labels"].shape == (20,)
 
 
 def test_a_classifier_that_cannot_tell_the_tail_is_warned_of(tiny, judges, tmp_path, capsys):
