@@ -885,7 +885,7 @@ def settings_parser(description):
 
 
 # These may differ between two commands on one run directory: they do not define the experiment.
-FREE = {"data_dir", "run_dir", "device", "compile", "steps", "sample_every", "save_every",
+FREE = {"data_dir", "run_dir", "device", "compile", "code", "steps", "sample_every", "save_every",
         "eval_images", "eval_only", "features", "reference", "scores"}
 
 
@@ -894,6 +894,7 @@ def read_settings(parser, argv, script, defaults, free=FREE):
 
     defaults    {name: value} where a flag is not given
     free        names that do not define the experiment; no part of the run directory's name, but for steps
+    returns     also .code, which tells versions of the script apart
     raises      InputError
     """
     add = parser.add_argument_group("data").add_argument
@@ -939,6 +940,8 @@ def read_settings(parser, argv, script, defaults, free=FREE):
                    if name not in unnamed and value != parser.get_default(name)]
         name = f"{script}-{args.dataset}{''.join(differs)}-s{args.seed}"
         args.run_dir = "runs/" + name.translate(str.maketrans("/:,", "__+", " "))
+    source = Path(__file__).with_name(f"{script}.py").read_bytes()
+    args.code = hashlib.sha256(source).hexdigest()[:16]
     return args
 
 
@@ -1066,6 +1069,9 @@ def find_run(args, free=FREE):
         return None
     state = load_checkpoint(path)
     check_same_run(args, state["settings"], args.run_dir, free)
+    if state["settings"].get("code", args.code) != args.code:
+        print(f"warning: the script has changed since {args.run_dir} was saved; the run there resumes with "
+              "the script as it is now. For a run of its own choose another --run-dir", file=sys.stderr)
     return state
 
 

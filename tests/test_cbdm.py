@@ -847,6 +847,23 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     assert torch.equal(whole, again) and model.images == 4 * 2 and not (tmp_path / "samples.part").exists()
 
 
+def test_an_edited_script_is_named_when_a_run_resumes(tmp_path, capsys):
+    """Whoever edits the loss and runs the same command again would compare a run with itself."""
+    run = [*TINY, "--run-dir", str(tmp_path)]
+    cbdm.main(run)
+    cbdm.main(run)
+    assert "warning" not in capsys.readouterr().err
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["settings"]["code"] = "of another version"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    cbdm.main(run)
+    assert "the script has changed since" in capsys.readouterr().err
+    del state["settings"]["code"]  # of an older version: nothing is known
+    torch.save(state, tmp_path / "checkpoint.pt")
+    cbdm.main(run)
+    assert "has changed" not in capsys.readouterr().err
+
+
 def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, monkeypatch):
     """Other settings, other weights or an edited script: they are made again; with --eval-only always."""
     model, labels, args, amp = evaluation(tmp_path, monkeypatch)
