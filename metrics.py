@@ -1026,8 +1026,9 @@ def score_run(where, images, labels, args, device, seen=None, protocol=None, tot
     result["all"] |= totals or {}
     if per_class is not None:
         result["per_class"] = [row | more for row, more in zip(result["per_class"], per_class, strict=True)]
-    write_scores(result, where)
+    paths = write_scores(result, where)
     print(format_table(result))
+    print("wrote", *paths, "and samples.npz; pictures:", Path(args.run_dir) / "samples", flush=True)
     return result
 
 

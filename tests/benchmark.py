@@ -117,8 +117,9 @@ def sampling(device):
     model = cbdm.UNet(100, 128, (1, 2, 2, 2), blocks=2, attention_level=1, dropout=0.1).to(device).eval()
     args = cbdm.parse_settings(["--dataset", "cifar100lt", "--ddim-steps", "2"])
     amp = datasets.use_bf16("auto", device)
-    ways = [lambda amp=amp: cbdm.sample(model, torch.arange(16), args, amp, 0, "ddim") for amp in (amp,
-                                                                                                   False)]
+    ways = [
+        lambda amp=amp: cbdm.sample(model, torch.arange(16), args, amp, 0, "ddim") for amp in (amp, False)
+    ]
     for name, seconds in zip(("", ", float32"), in_turn(ways, runs=3), strict=True):
         row(f"guided sampling step, 16 images{name}", [s / 2 for s in seconds], "s")
 
@@ -144,8 +145,9 @@ def frechet():
 
     def theirs():
         (mu1, s1), (mu2, s2) = m
-        result["sqrtm"] = ((mu1 - mu2) ** 2).sum() + np.trace(s1
-                                                              + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+        result["sqrtm"] = (
+            ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2).real)
+        )
 
     fast, slow = in_turn([ours, theirs], runs=3, warm_up=0)
     row("Frechet distance from moments, 2048 dimensions, ours", fast, "s", f"value {result['ours']:.6f}")
@@ -301,10 +303,12 @@ def main():
     print(f"torch {torch.__version__}, {where}; median [smallest .. largest]")
     for name in ("float32", "bfloat16"):
         row(f"matrix product 2048, {name}", matrix_throughput(device, getattr(torch, name)), "GFLOP/s")
-    parts = {"start_up": lambda: start_up(device, args.threads), "sampling": lambda: sampling(device),
-             "frechet": frechet,
-             "scores": lambda: scores(device)} | {part: functools.partial(training, part,
-                                                                          device) for part in RUNS}
+    parts = {
+        "start_up": lambda: start_up(device, args.threads),
+        "sampling": lambda: sampling(device),
+        "frechet": frechet,
+        "scores": lambda: scores(device),
+    } | {part: functools.partial(training, part, device) for part in RUNS}
     for part in args.only.split(","):
         parts[part]()
 

@@ -37,8 +37,9 @@ def judges(tmp_path_factory):
     for name, dataset, split in (("loop", "shapeslt", "train"), ("annotator", "shapes", "reference")):
         classifier.main(["--dataset", dataset, "--split", split, "--epochs", "1", "--run-dir",
                          str(where / name)])
-    return types.SimpleNamespace(**{name: str(where / name / "classifier.pt") for name in ("loop",
-                                                                                           "annotator")})
+    return types.SimpleNamespace(
+        **{name: str(where / name / "classifier.pt") for name in ("loop", "annotator")}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +77,13 @@ def flat(state):
     averages ..."""
     if isinstance(state, torch.Tensor):
         return {"": state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state,
-                                                                                         list | tuple) else ()
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, list | tuple)
+        else ()
+    )
     return {f"{name}/{rest}": x for name, value in items for rest, x in flat(value).items()}
 
 

@@ -112,8 +112,13 @@ def test_ddpm_loss_is_the_mean_over_pixels():
 def predictions():
     g = torch.Generator().manual_seed(3)
     h, h_prime, eps = torch.randn(3, 6, 3, 4, 4, generator=g, dtype=torch.float64).unbind(0)
-    return h.requires_grad_(), h_prime.requires_grad_(), eps, torch.tensor([0, 10, 300, 500, 998,
-                                                                            999]), torch.ones(6).bool()
+    return (
+        h.requires_grad_(),
+        h_prime.requires_grad_(),
+        eps,
+        torch.tensor([0, 10, 300, 500, 998, 999]),
+        torch.ones(6).bool(),
+    )
 
 
 def test_loss_and_gradients_in_closed_form(predictions):
@@ -199,7 +204,7 @@ def test_label_distributions():
     assert torch.equal(even[0], even[1]) and torch.allclose(even[1], even[2])
 
 
-# ------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 @pytest.mark.parametrize("num_classes, parameters", [(10, 35_751_427), (100, 35_797_507)])
@@ -223,8 +228,9 @@ def test_attention_against_scaled_dot_product_attention():
     layer = cbdm.SelfAttention(32, groups=8)
     x = torch.randn(2, 32, 4, 4)
     tokens = lambda f: f(layer.norm(x)).flatten(2).transpose(1, 2)[:, None]  # noqa: E731
-    mixed = torch.nn.functional.scaled_dot_product_attention(tokens(layer.q), tokens(layer.k),
-                                                             tokens(layer.v))
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        tokens(layer.q), tokens(layer.k), tokens(layer.v)
+    )
     expected = x + layer.out(mixed[:, 0].transpose(1, 2).reshape(x.shape))
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
@@ -242,8 +248,11 @@ def test_labels_matter_and_no_label_is_a_row_of_zeros():
     model = lively().eval()
     x_t, t, y = noisy_batch()
     with torch.no_grad():
-        out, other, none = model(x_t, t, y), model(x_t, t, (y + 1) % 5), model(x_t, t,
-                                                                               torch.full_like(y, NO_LABEL))
+        out, other, none = (
+            model(x_t, t, y),
+            model(x_t, t, (y + 1) % 5),
+            model(x_t, t, torch.full_like(y, NO_LABEL)),
+        )
         assert (out - other).abs().amax((1, 2, 3)).min() > 1e-4
         assert (out - none).abs().amax((1, 2, 3)).min() > 1e-4
         model.label.weight[2] = 0
@@ -274,7 +283,7 @@ def test_initial_weights():
     assert model.label.weight.std().item() == pytest.approx(1, rel=0.1)
 
 
-# ------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def one_step_pair(t, seed=0):
@@ -410,11 +419,12 @@ def test_samplers_recover_a_known_distribution():
         args = sampling_settings(guidance=0.0, clip_x0=False, ddim_steps=100, prediction="eps",
                                  noise_schedule="linear")
         x = cbdm.sample(Exact(), torch.zeros(64).long(), args, False, 0, sampler).double() / 127.5 - 1
-        assert x.mean().item() == pytest.approx(m, abs=tolerance) and x.std().item() == pytest.approx(s,
-                                                                                                      abs=tolerance)
+        assert x.mean().item() == pytest.approx(m, abs=tolerance) and x.std().item() == pytest.approx(
+            s, abs=tolerance
+        )
 
 
-# ------------------------------------------------------------------------------- settings and training
+# ---------------------------------------------------------------------------- settings and training
 
 
 def test_defaults_are_the_papers():
@@ -591,8 +601,7 @@ def test_flips_can_be_turned_off(tmp_path, monkeypatch):
     assert not all(x.numpy().tobytes() in known for batch in found for x in batch)
 
 
-# ------------------------------------------------------------------------------------- TRY: places to
-# experiment
+# ------------------------------------------------------------------------ TRY: places to experiment
 
 
 def test_try_the_same_pull_at_each_step(predictions):
@@ -602,9 +611,10 @@ def test_try_the_same_pull_at_each_step(predictions):
     each, first = torch.arange(T), torch.ones(T).bool()
     assert other(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.5)
     assert cbdm.regularisers(h, zeros, each, 0.001, first)[0].item() == pytest.approx(0.4995)
-    assert other(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0] > cbdm.regularisers(h[:1], zeros[:1],
-                                                                                      each[:1], 0.001,
-                                                                                      first[:1])[0]
+    assert (
+        other(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0]
+        > cbdm.regularisers(h[:1], zeros[:1], each[:1], 0.001, first[:1])[0]
+    )
 
 
 def test_try_without_stop_gradients(predictions):
@@ -635,7 +645,7 @@ def test_try_guidance_in_the_later_steps_alone():
     assert model.images == 2 * (3 * 1 + 7 * 2)
 
 
-# ------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 class Stopped(Exception):
@@ -781,7 +791,7 @@ def test_each_option_of_the_method_trains(tmp_path):
             assert row["L_r"] == row["L_rc"] == 0
 
 
-# ------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_a_whole_run_leaves_everything_it_promises(tmp_path, judge_dir):
@@ -895,7 +905,7 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
     assert made_again(args)[0]
 
 
-# ------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("flags", [
@@ -914,8 +924,10 @@ def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         cbdm.main([*TINY, *flags])
     assert "\n" not in str(error.value) and len(str(error.value)) > 10
-    assert flags[0].strip("-").split("-")[0] in str(error.value).replace("image size",
-                                                                         "image-size") or len(flags) == 2
+    assert (
+        flags[0].strip("-").split("-")[0] in str(error.value).replace("image size", "image-size")
+        or len(flags) == 2
+    )
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 

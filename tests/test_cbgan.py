@@ -17,7 +17,7 @@ import pytest
 import scipy.optimize
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, log_of, same_state, state_of
+from conftest import ROOT, edited, log_of, same_state, state_of
 from PIL import Image
 
 import cbgan
@@ -48,8 +48,7 @@ def count(network):
     return sum(w.numel() for w in network.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------- Eqs
-# 2 and 3
+# -------------------------------------------------------------------------------------- Eqs 2 and 3
 
 
 def test_relativistic_loss():
@@ -63,8 +62,7 @@ def test_relativistic_loss():
     assert huge.isfinite() and huge.item() == pytest.approx(2e4)
 
 
-# --------------------------------------------------------------------------------------- Eqs 5 and 6, class
-# statistics
+# -------------------------------------------------------------------- Eqs 5 and 6, class statistics
 
 
 def test_effective_class_frequency_has_a_closed_form():
@@ -118,8 +116,7 @@ def test_labels_are_drawn_in_inverse_proportion():
     assert cbgan.draw_labels(5, N, "none") is None
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 7, the
-# regulariser
+# --------------------------------------------------------------------------- Eq. 7, the regulariser
 
 
 def test_regulariser_by_hand():
@@ -136,8 +133,9 @@ def test_regulariser_by_hand():
 def test_both_weightings_agree_at_uniform():
     uniform = torch.full((10,), 0.1, dtype=torch.float64)
     p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10)))
-    values = [class_balancing_regulariser(p, class_weights(uniform, name)).item() for name in ("paper",
-                                                                                               "sum-to-K")]
+    values = [
+        class_balancing_regulariser(p, class_weights(uniform, name)).item() for name in ("paper", "sum-to-K")
+    ]
     assert values == pytest.approx([(p * p.log()).sum().item()] * 2)
     assert class_balancing_regulariser(uniform,
                                        class_weights(uniform, "paper")).item() == pytest.approx(-math.log(10))
@@ -152,9 +150,12 @@ def test_the_weightings_differ_by_a_number():
             / class_weights(cifar, "sum-to-K"))[0].item() == pytest.approx(6.17, abs=0.005)
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64,
                          requires_grad=True)
-    g = [torch.autograd.grad(class_balancing_regulariser(logits.softmax(1).mean(0),
-                                                         class_weights(cifar, name)), logits)[0]
-         for name in ("paper", "sum-to-K")]
+    g = [
+        torch.autograd.grad(
+            class_balancing_regulariser(logits.softmax(1).mean(0), class_weights(cifar, name)), logits
+        )[0]
+        for name in ("paper", "sum-to-K")
+    ]
     assert F.cosine_similarity(g[0].flatten(), g[1].flatten(), dim=0).item() == pytest.approx(1)
 
 
@@ -328,7 +329,7 @@ def test_two_dimensional_ring():
     assert kl(1.0) < 0.15 < kl(0.0)
 
 
-# ------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("architecture, size, conditioning, K, generator, discriminator", [
@@ -423,8 +424,9 @@ def test_discriminator_block_skips_with_the_raw_input():
 def test_conditional_batch_norm():
     torch.manual_seed(0)
     norm, x, y = cbgan.Norm(4, 3), torch.randn(6, 4, 5, 5) * 2 + 1, torch.tensor([0, 1, 2, 2, 1, 0])
-    plain = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False,
-                                                           keepdim=True) + 1e-4).sqrt()
+    plain = (x - x.mean((0, 2, 3), keepdim=True)) / (
+        x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-4
+    ).sqrt()
     by_hand = plain * (1 + norm.gain.weight[y])[:, :, None, None] + norm.shift.weight[y][:, :, None, None]
     assert torch.allclose(norm(x, y), by_hand, atol=1e-5)
     torch.nn.init.zeros_(norm.gain.weight)
@@ -453,7 +455,7 @@ def test_the_classifier_lets_gradients_through_and_keeps_none():
     assert all(torch.equal(before[k], v) for k, v in C.state_dict().items())
 
 
-# ------------------------------------------------------------------------------- the training loop
+# -------------------------------------------------------------------------------- the training loop
 
 
 def steps_by_hand(args, C):
@@ -555,7 +557,7 @@ def test_the_loop_is_the_papers(flags, tiny, judges, tmp_path):
             assert off.max() < 3e-5 and (off < 2e-6).double().mean() > 0.98, (part, name)
 
 
-# ------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def start(*arguments, cwd):
@@ -622,8 +624,11 @@ def test_only_the_generators_fakes_are_counted(tiny, judges, tmp_path):
                 "--sample-every", "2",
                 "--features", f"classifier:{judges.annotator}", "--data-dir", str(tmp_path / "data")])
     a, b = state_of(tmp_path / "a"), state_of(tmp_path / "b")
-    assert a["c"].sum() == 5 * 8 and torch.equal(a["c"], b["c"]) and torch.equal(a["rng"]["cpu"],
-                                                                                 b["rng"]["cpu"])
+    assert (
+        a["c"].sum() == 5 * 8
+        and torch.equal(a["c"], b["c"])
+        and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    )
     assert all(torch.equal(a["G"][k], b["G"][k]) for k in a["G"])
 
 
@@ -687,8 +692,9 @@ def test_each_option_of_the_method_trains(flags, regularised, tiny, tmp_path):
     cbgan.main([*tiny, "--sample-every", "3", *flags.split(), "--run-dir", str(tmp_path)])
     row = log_of(tmp_path)[-1]
     assert all(math.isfinite(row[k]) for k in cbgan.LOGGED)
-    assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == ("kl_of_N"
-                                                                                                  in row)
+    assert (row["L_D_class"] > 0) == ("acgan" in flags) and (row["L_reg"] < 0) == regularised == (
+        "kl_of_N" in row
+    )
     assert (row["L_G_class"] > 0) == ("acgan" in flags or "pretrained" in flags)
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
@@ -719,8 +725,11 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["steps"] == 4 and config["torch"] == torch.__version__
     assert len(config["parameters"]) == 2
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["final.png", "step-0000002.png",
-                                                                   "step-0000004.png"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "final.png",
+        "step-0000002.png",
+        "step-0000004.png",
+    ]
     with np.load(run / "samples.npz", allow_pickle=False) as samples:
         assert sorted(samples) == ["images", "predicted"]
         assert samples["images"].shape == (60, 16, 16, 3) and samples["images"].dtype == np.uint8
@@ -731,10 +740,12 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     for name, path in (("annotator", judges.annotator), ("in_loop", judges.loop)):
         found[name] = cbgan.predict(classifier.load_classifier(path), images)
         r = torch.bincount(found[name], minlength=10) / 60
-        assert scores["all"][f"kl_{name}"] == pytest.approx(torch.special.xlogy(r, 10 * r).sum().item(),
-                                                            abs=1e-6)
-    assert scores["all"]["kl_to_uniform"] == scores["all"]["kl_annotator"] and torch.equal(found["in_loop"],
-                                                                                           predicted)
+        assert scores["all"][f"kl_{name}"] == pytest.approx(
+            torch.special.xlogy(r, 10 * r).sum().item(), abs=1e-6
+        )
+    assert scores["all"]["kl_to_uniform"] == scores["all"]["kl_annotator"] and torch.equal(
+        found["in_loop"], predicted
+    )
     with open(run / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["seen"]) for row in rows] == torch.bincount(found["annotator"], minlength=10).tolist()
@@ -775,8 +786,10 @@ def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny,
            "--data-dir", str(tmp_path / "data"), "--eval-images", "20", "--run-dir", str(tmp_path / "run")]
     cbgan.main(run)
     choice, score = measured
-    assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [(cbgan.MONITOR, 0),
-                                                                                  (cbgan.FINAL, 0)]
+    assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [
+        (cbgan.MONITOR, 0),
+        (cbgan.FINAL, 0),
+    ]
     assert not torch.equal(latents(9, cbgan.MONITOR, 0)[0], latents(9, cbgan.FINAL, 0)[0])
     assert "have chosen them" not in capsys.readouterr().err
     cbgan.main([*run, "--eval-only", "--reference", "test"])
@@ -845,8 +858,10 @@ def test_a_hundred_classes(tmp_path, monkeypatch, capsys):
                 "--monitor-every", "1", "--monitor-images", "9", "--eval-images", "200", "--run-dir", "run",
                 "--classifier", "train/classifier.pt", "--features", "classifier:reference/classifier.pt"])
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert scores["protocol"]["reference"] == "test" and state_of(tmp_path
-                                                                  / "run")["best"]["split"] == "reference"
+    assert (
+        scores["protocol"]["reference"] == "test"
+        and state_of(tmp_path / "run")["best"]["split"] == "reference"
+    )
     assert scores["protocol"]["weights"] == "best" and scores["protocol"]["step"] in (1, 2)
     out = capsys.readouterr().out
     assert "ten classes of the head and ten of the tail" in out and "class99" in out
@@ -870,7 +885,7 @@ def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path, mo
     assert "the distance is not monitored" in said.err
 
 
-# ------------------------------------------------------------------------------- settings and errors
+# ------------------------------------------------------------------------------ settings and errors
 
 
 def test_defaults_are_the_papers():
@@ -880,8 +895,12 @@ def test_defaults_are_the_papers():
         assert (args.rho, args.lr, args.batch_size, args.reg_weight) == (rho, 2e-4, 256, None)
         assert (args.beta1, args.beta2, args.steps, args.cycle, args.alpha,
                 args.beta) == (0.5, 0.999, 100_000, 2000, 0.5, 1.0)
-        assert (args.ema, args.ema_start, args.eval_images, args.reference) == (0.9999, 20_000, 50_000,
-                                                                                "test")
+        assert (args.ema, args.ema_start, args.eval_images, args.reference) == (
+            0.9999,
+            20_000,
+            50_000,
+            "test",
+        )
         assert args.architecture == ("snresgan" if "cifar100lt" in flags else "sndcgan")
     args = cbgan.parse_settings(["--dataset", "folder:x", "--recipe", "inat2019"])
     assert (args.conditioning, args.alpha, args.beta, args.cycle) == ("inverse", 0.005, 0.005, 1)
@@ -987,6 +1006,49 @@ def test_an_annotator_that_is_no_independent_one_is_warned_of(tiny, judges, tmp_
     args = cbgan.parse_settings(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16"])
     annotator = cbgan.find_annotator(args, None, list("012"), torch.device("cpu"), train_one=True)
     assert annotator.info["split"] == "reference" and "uneven classes" in capsys.readouterr().err
+
+
+def test_try_weights_without_memory():
+    """All classes then weigh the same: a batch that is spread evenly is content, whatever was rare so far."""
+    line = "inverse = 1 / N.clamp"
+    other = edited("cbgan.py", (line, f"return torch.ones_like(N)\n    {line}"))
+    assert "# TRY: return torch.ones_like(N)" in (ROOT / "cbgan.py").read_text()
+    N = effective_class_distribution(CIFAR10_LT)
+    pulls = []
+    for module in (cbgan, other):
+        logits = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+        w = module.class_weights(N, "sum-to-K")
+        class_balancing_regulariser(logits.softmax(0), w).backward()
+        pulls.append(-logits.grad)  # where the generator is pushed
+    assert pulls[0][-1] > 0 > pulls[0][0] and torch.allclose(pulls[1], torch.zeros_like(pulls[1]), atol=1e-9)
+
+
+def test_try_a_regulariser_for_each_image(tiny, tmp_path):
+    """Images that are certain of one class each, of all classes together: what the batch's term wants most,
+    the image's wants least."""
+    certain = torch.eye(10, dtype=torch.float64)
+    w = torch.ones(10, dtype=torch.float64)
+    assert class_balancing_regulariser(certain.mean(0), w).item() == pytest.approx(-math.log(10))
+    assert class_balancing_regulariser(certain, w).item() / 10 == 0
+    changed = "class_balancing_regulariser(seen.softmax(1), w) / B"
+    assert f"# TRY: {changed}" in (ROOT / "cbgan.py").read_text()
+    other = edited("cbgan.py", ("L_reg = class_balancing_regulariser(p_hat, w)", f"L_reg = {changed}"))
+    for module, name in ((cbgan, "a"), (other, "b")):
+        module.main([*tiny, "--steps", "1", "--run-dir", str(tmp_path / name)])
+    # x log x is convex: the mean over the images is above the value at their mean
+    assert log_of(tmp_path / "a")[0]["L_reg"] < log_of(tmp_path / "b")[0]["L_reg"] < 0
+
+
+def test_try_counts_of_real_images(tiny, tmp_path):
+    """N is then the training distribution, whatever is generated."""
+    line = "c += F.one_hot(seen.argmax(1), K).sum(0)"
+    assert "# TRY: c += F.one_hot(y, K).sum(0)" in (ROOT / "cbgan.py").read_text()
+    other = edited("cbgan.py", (line, "c += F.one_hot(y, K).sum(0)"))
+    run = [*tiny, "--steps", "40", "--cycle", "40", "--alpha", "1", "--run-dir", str(tmp_path)]
+    other.main(run)
+    counts = datasets.load("shapeslt", "unused", "train", 16).counts
+    share = state_of(tmp_path)["N_hat"] / (40 * 8)
+    assert (share - counts / counts.sum()).abs().max() < 0.07  # of 320 draws
 
 
 @pytest.mark.parametrize("flags", ["--conditioning none --reg-weight 10", "--conditioning pretrained"])

@@ -142,8 +142,9 @@ def test_normalisation_is_that_of_pixels_in_zero_to_one():
     plain.load_state_dict(network.state_dict() | {"mean": torch.zeros(1, 3, 1, 1),
                                                   "std": torch.ones(1, 3, 1, 1)})
     plain.eval()
-    assert torch.equal(ResNet32(10, **HALF).mean, plain.mean) and torch.equal(ResNet32(10, **HALF).std,
-                                                                              plain.std)
+    assert torch.equal(ResNet32(10, **HALF).mean, plain.mean) and torch.equal(
+        ResNet32(10, **HALF).std, plain.std
+    )
     u = torch.rand(4, 3, 8, 8)
     by_hand = (u - torch.tensor(mean)[None, :, None, None]) / torch.tensor(std)[None, :, None, None]
     with torch.no_grad():
@@ -151,8 +152,9 @@ def test_normalisation_is_that_of_pixels_in_zero_to_one():
         assert not torch.allclose(network(2 * u - 1), plain(2 * u - 1), atol=1e-2)
     # The affine map of [-1, 1] to CIFAR's normalised pixels: x times these plus those.
     assert (1 / network.std).flatten().tolist() == pytest.approx([2.47158, 2.50752, 2.48756], abs=1e-5)
-    assert (-network.mean / network.std).flatten().tolist() == pytest.approx([0.04251, 0.08927, 0.26617],
-                                                                             abs=1e-5)
+    assert (-network.mean / network.std).flatten().tolist() == pytest.approx(
+        [0.04251, 0.08927, 0.26617], abs=1e-5
+    )
 
 
 @torch.no_grad()
@@ -160,12 +162,15 @@ def test_the_large_network_resizes_and_normalises():
     """It sees 128 x 128 pixels whatever comes, in ImageNet's statistics; by hand through torchvision."""
     torch.manual_seed(0)
     network = ResNet50(3, **classifier.IMAGENET_STATISTICS).eval()
-    assert network.head.weight.abs().sum() == 0 and sum(p.numel()
-                                                        for p in network.body.parameters()) == 23_508_032
+    assert (
+        network.head.weight.abs().sum() == 0
+        and sum(p.numel() for p in network.body.parameters()) == 23_508_032
+    )
     torch.nn.init.normal_(network.head.weight)
     u = torch.rand(2, 3, 8, 8)
-    by_hand = (u - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224,
-                                                                                       0.225])[:, None, None]
+    by_hand = (u - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
     seen = []
     handle = network.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     logits = network(2 * u - 1)
@@ -237,11 +242,18 @@ def test_which_loss_for_whom():
         return classifier.recipe_for(parse_settings(list(arguments)), 10_000, 32)
 
     loop = recipe("--dataset", "cifar10lt")
-    assert (loop["loss"], loop["drw"], loop["epochs"], loop["lr"], loop["crop_padding"]) == ("focal", True,
-                                                                                             200, 0.1, 4)
+    assert (loop["loss"], loop["drw"], loop["epochs"], loop["lr"], loop["crop_padding"]) == (
+        "focal",
+        True,
+        200,
+        0.1,
+        4,
+    )
     for annotator in (["--split", "reference"], ["--train-on", "samples.npz"], ["--label-fraction", "0.1"]):
-        assert (recipe("--dataset", "cifar10lt", *annotator)["loss"], recipe(*annotator)["drw"]) == ("ce",
-                                                                                                     False)
+        assert (recipe("--dataset", "cifar10lt", *annotator)["loss"], recipe(*annotator)["drw"]) == (
+            "ce",
+            False,
+        )
     assert recipe("--dataset", "folder:x")["normalisation"] == HALF
     assert recipe("--dataset", "cifar100")["normalisation"] == classifier.CIFAR_STATISTICS
     few = classifier.recipe_for(parse_settings(["--label-fraction", "0.001"]), 50, 32)
@@ -336,8 +348,10 @@ def test_a_loss_that_explodes_is_reported(tmp_path):
     with pytest.raises(InputError,
                        match="NaN or infinite shortly before step 10; nothing was saved; try a lower --lr"):
         run(tmp_path, "--lr", "1e30")
-    assert not (tmp_path / "run" / "checkpoint.pt").exists() and (tmp_path / "run"
-                                                                  / "log.jsonl").read_text() == ""
+    assert (
+        not (tmp_path / "run" / "checkpoint.pt").exists()
+        and (tmp_path / "run" / "log.jsonl").read_text() == ""
+    )
 
 
 def crop(image, top, left, padding, mirrored):
@@ -522,8 +536,10 @@ def test_another_script_is_stopped_too_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_is_not_trained_again(whole, monkeypatch, capsys):
-    before = {name: (whole / name).read_bytes() for name in ("checkpoint.pt", "metrics.json", "log.jsonl",
-                                                             "classifier.pt")}
+    before = {
+        name: (whole / name).read_bytes()
+        for name in ("checkpoint.pt", "metrics.json", "log.jsonl", "classifier.pt")
+    }
     monkeypatch.setattr(classifier, "augment", lambda *_: pytest.fail("trained again"))
     (whole / "classifier.pt").unlink()  # as if it had been killed just before the end
     run(whole.parent, "--epochs", 3, "--save-every", 3, name=whole.name)  # --save-every may differ
@@ -595,8 +611,10 @@ def test_what_a_run_says_of_each_class(whole, capsys):
     metrics, log = json.loads((whole / "metrics.json").read_text()), log_of(whole)
     assert metrics["test_accuracy"] == network.info["test_accuracy"] == log[-1]["test_accuracy"]
     tests = [row["test_accuracy"]["all"] for row in log if "test_accuracy" in row]
-    assert len(tests) == 3 and metrics["best_on_test"] == {"all": max(tests),
-                                                           "epoch": 1 + tests.index(max(tests))}
+    assert len(tests) == 3 and metrics["best_on_test"] == {
+        "all": max(tests),
+        "epoch": 1 + tests.index(max(tests)),
+    }
     run(whole.parent, "--epochs", 3, name=whole.name)  # says it again
     out = capsys.readouterr().out
     assert f"tail {100 * metrics['test_accuracy']['tail']:.2f} %" in out
@@ -652,8 +670,11 @@ def test_the_annotator_is_frozen_but_lets_gradients_through(annotator):
     before = annotator.norm.running_mean.clone()
     x = torch.rand(2, 3, 16, 16, requires_grad=True)
     annotator(x).logsumexp(1).sum().backward()
-    assert x.grad.abs().sum() > 0 and annotator.conv.weight.grad is None and torch.equal(before,
-                                                                                         annotator.norm.running_mean)
+    assert (
+        x.grad.abs().sum() > 0
+        and annotator.conv.weight.grad is None
+        and torch.equal(before, annotator.norm.running_mean)
+    )
 
 
 def test_the_annotator_is_trained_once(annotator, data_dir, monkeypatch):
@@ -706,8 +727,10 @@ def test_another_classifier_to_start_from(whole, tmp_path):
 
 def test_with_nothing_held_out_the_last_weights_count(tmp_path):
     run(tmp_path, "--rho", 500, "--soft-labels", "--hold-out", 0, "--epochs", 2)
-    found, last = load_classifier(tmp_path / "run" / "classifier.pt").state_dict(), weights_of(tmp_path
-                                                                                               / "run")
+    found, last = (
+        load_classifier(tmp_path / "run" / "classifier.pt").state_dict(),
+        weights_of(tmp_path / "run"),
+    )
     assert all(torch.equal(found[name], w) for name, w in last.items())
     assert "held_out_loss" not in log_of(tmp_path / "run")[-1]
 
@@ -790,8 +813,9 @@ def test_what_a_classifier_trained_to_the_end_says(K):
         others = torch.cat([p[:2], p[3:]])
         assert (others - (1 - star) / (K - 1)).abs().max() < 1e-4
         stars.append(star)
-    assert stars[1] == pytest.approx({10: 0.8492, 100: 0.6430}[K], abs=1e-4) and stars == sorted(stars,
-                                                                                                 reverse=True)
+    assert stars[1] == pytest.approx({10: 0.8492, 100: 0.6430}[K], abs=1e-4) and stars == sorted(
+        stars, reverse=True
+    )
 
 
 def test_description_of_labels():
@@ -944,12 +968,18 @@ def test_what_soft_labels_are_trained_with():
 
     small, large = recipe(32, "--dataset", "cifar10imb"), recipe(128, "--dataset", "folder:x")
     for r in (small, large, recipe(16, "--dataset", "shapeslt")):
-        assert (r["head"], r["entropy_weight"], r["hold_out"], r["loss"], r["drw"]) == ("spinal", 0.3, 0.1,
-                                                                                        "ce", False)
+        assert (r["head"], r["entropy_weight"], r["hold_out"], r["loss"], r["drw"]) == (
+            "spinal",
+            0.3,
+            0.1,
+            "ce",
+            False,
+        )
     assert (small["network"], small["pretrained"]) == ("resnet32", False)
     assert (large["network"], large["pretrained"], large["lr"]) == ("wide_resnet101_2", True, 0.001)
-    assert [classifier.learning_rate(e, 25, 1.0, "sevens") for e in (0, 6.9, 7,
-                                                                     21)] == pytest.approx([1, 1, 0.1, 0.001])
+    assert [classifier.learning_rate(e, 25, 1.0, "sevens") for e in (0, 6.9, 7, 21)] == pytest.approx(
+        [1, 1, 0.1, 0.001]
+    )
     args = parse_settings(["--soft-labels", "--dataset", "cifar10imb", "--entropy-weight", "0.5", "--head",
                            "linear"])
     classifier.complete(args, 3208, 32)
@@ -1079,8 +1109,10 @@ def test_few_labels_of_cifar10_and_lsun():
         labels = torch.arange(n) % K
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(datasets, "load", lambda *_, x=labels, k=K: ImageSet(x[:, None], x, list(range(k))))
-            assert classifier.few_labels(parse_settings(["--label-fraction",
-                                                         "0.001"])).counts.tolist() == [each] * K
+            assert (
+                classifier.few_labels(parse_settings(["--label-fraction", "0.001"])).counts.tolist()
+                == [each] * K
+            )
 
 
 def test_fine_tuning(tmp_path, monkeypatch, run_script):

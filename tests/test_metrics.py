@@ -112,8 +112,9 @@ def test_frechet_distance_of_rank_deficient_features():
 def test_moments_in_chunks():
     x = features(1001) + 1000  # a large mean: E[x^2] - E[x]^2 in float32 would lose the covariance
     mean, covariance = metrics.moments(x, rows=100)
-    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(covariance,
-                                                                           np.cov(x.astype(np.float64).T))
+    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(
+        covariance, np.cov(x.astype(np.float64).T)
+    )
 
 
 @pytest.mark.parametrize("real, fake, message", [
@@ -144,8 +145,9 @@ def test_intra_fid_is_a_distance_for_each_class():
     expected = [by_sqrtm(real[real_labels == k], fake[fake_labels == k]) for k in range(3)]
     assert per_class[:3] == pytest.approx(expected, rel=1e-5)
     assert len(per_class) == 5 and np.isnan(per_class[3:]).all()
-    assert mean == pytest.approx(np.mean(expected), rel=1e-5) and deviation == pytest.approx(np.std(expected),
-                                                                                             rel=1e-4)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-5) and deviation == pytest.approx(
+        np.std(expected), rel=1e-4
+    )
     assert len(intra_fid(real, real_labels, fake, fake_labels, num_classes=9)[2]) == 9
     alone = intra_fid(real, np.zeros(60, int), fake, np.ones(50, int))
     assert math.isnan(alone[0]) and math.isnan(alone[1]) and np.isnan(alone[2]).all()
@@ -193,11 +195,12 @@ def test_kid_is_the_double_sum(monkeypatch, tile):
     monkeypatch.setattr(metrics, "TILE", tile)
     real, fake = features(40, 20), features(30, 20, shift=0.3, seed=1)
     expected = kid_by_hand(real, fake)
-    assert expected > 0.1 and metrics.kernel_inception_distance(real, fake) == pytest.approx(expected,
-                                                                                             abs=1e-9,
-                                                                                             rel=1e-9)
-    assert metrics.kernel_inception_distance(fake, torch.from_numpy(real)) == pytest.approx(expected,
-                                                                                            rel=1e-9)
+    assert expected > 0.1 and metrics.kernel_inception_distance(real, fake) == pytest.approx(
+        expected, abs=1e-9, rel=1e-9
+    )
+    assert metrics.kernel_inception_distance(fake, torch.from_numpy(real)) == pytest.approx(
+        expected, rel=1e-9
+    )
     # Papers print the mean over random subsets; it estimates the same number.
     chosen = np.random.default_rng(1)
     subsets = [metrics.kernel_inception_distance(*(x[chosen.choice(len(x), 10,
@@ -246,8 +249,10 @@ def sets_with_ties():
     r = np.random.default_rng(7)
     plain, other = features(60, 24), features(45, 24, shift=0.1, seed=1)
     far = features(60, 24) * np.float32(1e-3) + 1000  # |x|^2 + |y|^2 - 2 x.y loses nine digits here
-    lattice, lattice2 = r.integers(0, 3, (70, 4)).astype(np.float32), r.integers(0, 3,
-                                                                                 (50, 4)).astype(np.float32)
+    lattice, lattice2 = (
+        r.integers(0, 3, (70, 4)).astype(np.float32),
+        r.integers(0, 3, (50, 4)).astype(np.float32),
+    )
     shared = np.concatenate([plain[:30], other[:20]])
     copies = np.repeat(other[:8], 7, 0)
     return {"plain": (plain, other), "same": (plain, plain), "permuted": (plain, plain[r.permutation(60)]),
@@ -280,8 +285,9 @@ def test_what_precision_and_recall_are_known_to_be():
     assert 0.05 < precision < 0.95 and 0.05 < recall < 0.95 and precision != recall
     assert metrics.precision_recall(fake, real) == (recall, precision)  # exchanged with the sets
     order = np.random.default_rng(3).permutation(200)
-    assert metrics.balls(real[order], fake[order[order < 150]]) == pytest.approx(metrics.balls(real, fake),
-                                                                                 abs=1e-12)
+    assert metrics.balls(real[order], fake[order[order < 150]]) == pytest.approx(
+        metrics.balls(real, fake), abs=1e-12
+    )
     # without duplicates each ball holds its own centre and k - 1 others
     assert metrics.balls(real, real) == (1, 1, 1, 1)
     assert metrics.balls(real, real + 1000) == (0, 0, 0, 0)
@@ -372,10 +378,12 @@ def test_prd_of_histograms():
     corner = [65 / 2 / (64 + 1 / 2), (65 / 64) / 2 / (1 / 64 + 1 / 2)]
     assert [metrics.f_beta(precision, recall, b) for b in (8, 1 / 8)] == pytest.approx(corner, abs=1e-3)
     assert corner == pytest.approx([0.5039, 0.9848], abs=1e-4)
-    assert [metrics.f_beta(*metrics.prd_curve(q, p), b) for b in (8, 1 / 8)] == pytest.approx(corner[::-1],
-                                                                                              abs=1e-3)
-    assert [metrics.f_beta(*metrics.prd_curve(p, p), b) for b in (8, 1 / 8)] == pytest.approx([1, 1],
-                                                                                              abs=2e-3)
+    assert [metrics.f_beta(*metrics.prd_curve(q, p), b) for b in (8, 1 / 8)] == pytest.approx(
+        corner[::-1], abs=1e-3
+    )
+    assert [metrics.f_beta(*metrics.prd_curve(p, p), b) for b in (8, 1 / 8)] == pytest.approx(
+        [1, 1], abs=2e-3
+    )
     assert metrics.f_beta(*metrics.prd_curve(p[:10] * 2, 0 * p[:10]), 8) == 0
 
 
@@ -403,8 +411,9 @@ def test_prd_is_that_of_another_k_means():
     curves = []
     for seed in range(10):
         _, mine = scipy.cluster.vq.kmeans2(both, 20, minit="++", rng=np.random.default_rng(seed))
-        curves.append(metrics.prd_curve(*(np.bincount(part, minlength=20) / 300 for part in np.split(mine,
-                                                                                                     2))))
+        curves.append(
+            metrics.prd_curve(*(np.bincount(part, minlength=20) / 300 for part in np.split(mine, 2)))
+        )
     single = [metrics.prd_f_beta(real, fake, 20, clusterings=1, seed=seed) for seed in range(10)]
     found = metrics.prd_f_beta(real, fake, 20)
     for i, beta in enumerate((8, 1 / 8)):
@@ -483,8 +492,9 @@ def lpips_of_a_pair(x, y, network, heads):
         image = (image[None] / 127.5 - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1,
                                                                                       1)) / torch.tensor(
             [0.458, 0.448, 0.45]).view(3, 1, 1)  # fmt: skip
-        return [F.normalize(network.features[:end](image).double(), dim=1, eps=1e-10) for end in (2, 5, 8, 10,
-                                                                                                  12)]
+        return [
+            F.normalize(network.features[:end](image).double(), dim=1, eps=1e-10) for end in (2, 5, 8, 10, 12)
+        ]
 
     return sum(((a - b) ** 2 * heads[f"lin{i}.model.1.weight"]).sum(1).mean().item()
                for i, (a, b) in enumerate(zip(layers(x), layers(y), strict=True)))  # fmt: skip
@@ -677,8 +687,9 @@ def test_inception_features(torch_home, networks):
     network = metrics.load_feature_network("inception")
     found, probabilities = metrics.extract_features(images, network, batch_size=2)
     pooled = []
-    hook = networks[1000].avgpool.register_forward_hook(lambda m, x,
-                                                        output: pooled.append(output.flatten(1).numpy()))
+    hook = networks[1000].avgpool.register_forward_hook(
+        lambda m, x, output: pooled.append(output.flatten(1).numpy())
+    )
     logits = networks[1000](resized_by_hand(images))
     hook.remove()
     assert found.shape == (3, 2048) and found.dtype == np.float32 and probabilities.shape == (3, 1000)
@@ -815,8 +826,9 @@ def test_evaluate(data_dir, samples):
     assert row["recognised"] == pytest.approx((seen[450:] == 9).float().mean().item())
     assert row["effective_hues"] == pytest.approx(metrics.effective_hues(images[450:]))
     assert row["reference_hues"] == pytest.approx(metrics.effective_hues(real.images[3600:3650]))
-    assert result["all"]["effective_hues"] == pytest.approx(np.mean([r["effective_hues"]
-                                                                     for r in result["per_class"]]))
+    assert result["all"]["effective_hues"] == pytest.approx(
+        np.mean([r["effective_hues"] for r in result["per_class"]])
+    )
     json.dumps(result, allow_nan=False)
 
 
@@ -1077,11 +1089,15 @@ def test_reference_features_are_made_once(tmp_path):
     path.write_bytes(path.read_bytes()[:-300])
     assert shown(changed, fingerprint="other weights") == 2000  # damaged: made again
     path.write_text("rubbish")
-    assert shown(changed, fingerprint="other weights") == 2000 and shown(changed,
-                                                                         fingerprint="other weights") == again
+    assert (
+        shown(changed, fingerprint="other weights") == 2000
+        and shown(changed, fingerprint="other weights") == again
+    )
     assert shown(real, fingerprint="a" * 64, info={}) == 2000  # classifiers do not push each other out
-    assert shown(real, fingerprint="b" * 64, info={}) == 2000 and shown(real, fingerprint="a" * 64,
-                                                                        info={}) == again
+    assert (
+        shown(real, fingerprint="b" * 64, info={}) == 2000
+        and shown(real, fingerprint="a" * 64, info={}) == again
+    )
 
 
 def test_features_of_other_code_are_not_taken(tmp_path, capsys):
@@ -1183,16 +1199,23 @@ def test_the_table_names_the_distance_for_what_it_is(data_dir, samples):
         assert lines[0].startswith(protocol)
         assert lines[1].split() == ["all", "head", "middle", "tail"]
         rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
-        assert list(rows)[:3] == ["samples", metric, f"intra-{metric}"] and rows["samples"] == ["500", "200",
-                                                                                                "150", "150"]
+        assert list(rows)[:3] == ["samples", metric, f"intra-{metric}"] and rows["samples"] == [
+            "500",
+            "200",
+            "150",
+            "150",
+        ]
         for i, group in enumerate(("all", "head", "middle", "tail")):
             assert float(rows[metric][i]) == pytest.approx(result[group]["fd"], rel=1e-3)
             mean, between, deviation = rows[f"intra-{metric}"][3 * i : 3 * i + 3]
             assert float(mean) == pytest.approx(result[group]["intra_fd"], rel=1e-3) and between == "+-"
             assert float(deviation) == pytest.approx(result[group]["intra_fd_std"], rel=0.05)
     lines = metrics.format_table(result, per_class=True).splitlines()
-    assert lines[-1].split()[:3] == ["vbars", "10", "50"] and lines[-11].split()[:3] == ["train", "images",
-                                                                                         "samples"]
+    assert lines[-1].split()[:3] == ["vbars", "10", "50"] and lines[-11].split()[:3] == [
+        "train",
+        "images",
+        "samples",
+    ]
     column = lines[-11].split().index("seen")  # "train images" are two words, and names have no heading
     assert lines[-1].split()[column] == str(result["per_class"][9]["seen"])
 
@@ -1233,8 +1256,9 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     assert line == ("unequal numbers of samples (many.npz has 500, few.npz has 215): each is cut to 215, "
                     "the first of each class")  # fmt: skip
     many, less = (json.loads((tmp_path / f"{name}-metrics.json").read_text()) for name in ("many", "few"))
-    assert many == less and many["all"]["fd"] == shapes_result(data_dir, images[few],
-                                                               labels[few])["all"]["fd"]
+    assert (
+        many == less and many["all"]["fd"] == shapes_result(data_dir, images[few], labels[few])["all"]["fd"]
+    )
     assert [row["samples"] for row in many["per_class"]] == [35] + [20] * 9
     command(monkeypatch, tmp_path, "few.npz", "few.npz", *flags)
     assert "unequal" not in capsys.readouterr().out
@@ -1243,8 +1267,9 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     assert equal({"a": samples, "b": samples})["b"] is samples
     order = torch.arange(500).flip(0)  # equal totals, other classes: the first 20 of each class as they come
     cut = equal({"a": (images[order], labels[order]), "b": (images[few], labels[few])})
-    assert torch.equal(cut["a"][1].bincount(), torch.tensor([35] + [20] * 9)) and torch.equal(cut["a"][0][0],
-                                                                                              images[499])
+    assert torch.equal(cut["a"][1].bincount(), torch.tensor([35] + [20] * 9)) and torch.equal(
+        cut["a"][0][0], images[499]
+    )
     # Without labels, files that lie class after class keep all of their classes.
     cut = equal({"a": (images, labels), "b": (images[few], None)})
     assert cut["b"][1] is None and torch.equal(cut["b"][0], images[few]) and len(cut["a"][0]) == 215
@@ -1269,7 +1294,7 @@ def test_save_samples(tmp_path, samples, monkeypatch):
 
 
 def run_settings(data_dir, **more):
-    return types.SimpleNamespace(dataset="shapeslt", data_dir=str(data_dir), features=None,
+    return types.SimpleNamespace(run_dir="runs/x", dataset="shapeslt", data_dir=str(data_dir), features=None,
                                  reference="reference", rho=10,
                                  image_size=SIZE, scores="fid,is", **more)
 
@@ -1286,9 +1311,10 @@ def test_score_run(data_dir, samples, tmp_path, capsys):
     assert result["tail"] == plain["tail"] and json.loads((tmp_path / "metrics.json").read_text()) == result
     with open(tmp_path / "per_class.csv", newline="") as file:
         assert [row["share"] for row in csv.DictReader(file)] == [str(k / 10) for k in range(10)]
-    assert capsys.readouterr().out == metrics.format_table(result) + "\n"
-    assert metrics.score_run(tmp_path, *samples, run_settings(data_dir),
-                             "cpu") == shapes_result(data_dir, *samples, rho=10)
+    out = capsys.readouterr().out
+    assert out.startswith(metrics.format_table(result) + "\n") and "per_class.csv" in out.splitlines()[-1]
+    alone = metrics.score_run(tmp_path, *samples, run_settings(data_dir), "cpu")
+    assert alone == shapes_result(data_dir, *samples, rho=10)
 
 
 def test_a_run_that_cannot_be_scored(data_dir, samples, tmp_path, capsys):

@@ -56,8 +56,9 @@ def test_what_the_readme_links_is_there():
     links = [link for link in re.findall(r"\]\((?!http)([^)#]+)\)", README)]
     assert len(links) > 5 and all((ROOT / link).is_file() for link in links)
     for page in (ROOT / ".results").glob("*.md"):
-        assert all((page.parent / link).is_file() for link in re.findall(r"\]\((?!http)([^)#]+)\)",
-                                                                         page.read_text()))
+        assert all(
+            (page.parent / link).is_file() for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
+        )
 
 
 COMMANDS = sorted({line.split("#")[0].strip() for line in re.findall(r"python \w+\.py [^`\n|)]*", README)})

@@ -48,7 +48,7 @@ def count(network):
     return sum(w.numel() for w in network.parameters())
 
 
-# ------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_hinge_by_hand():
@@ -69,7 +69,7 @@ def test_the_discriminator_gains_nothing_beyond_the_margin_on_fakes():
     assert D_fake.grad.tolist() == [0, 0.5]
 
 
-# ------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def test_smoothing_by_hand():
@@ -198,7 +198,7 @@ def test_cutout():
         assert len(number) == 33 and scipy.stats.chisquare(number.numpy()).pvalue > 0.001
 
 
-# ------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("size, width, base_G, each_G, base_D, each_D", [
@@ -335,7 +335,7 @@ def test_the_score_is_the_mean_of_the_classes_scores(critic):
     assert torch.allclose(D(x, torch.full((5, 6), 1 / 6)), of_class.mean(1), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------- the data
 
 
 def test_oversampling():
@@ -371,7 +371,7 @@ def test_smallest_classes_of_figure_5(name, smallest, total):
     assert classifier.balanced(name) == "cifar10"
 
 
-# ------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @pytest.fixture
@@ -573,7 +573,7 @@ def test_try_samples_of_the_last_step(tmp_path):
     assert not torch.equal(averaged["ema"]["first.bias"], averaged["G"]["first.bias"])
 
 
-# ------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 TINY = ["--dataset", "shapeslt", "--rho", "100", "--width", "2", "--discriminator-width", "2",
@@ -788,7 +788,7 @@ def test_one_class_is_refused(tmp_path):
         softlabel_gan.main(run)
 
 
-# ------------------------------------------------------------------------------- settings and errors
+# ------------------------------------------------------------------------------ settings and errors
 
 
 def test_defaults_are_the_papers():
