@@ -67,7 +67,6 @@ import contextlib
 import copy
 import hashlib
 import math
-import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -79,7 +78,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import datasets
 from classifier import frozen_classifier, load_classifier, predict
-from datasets import InputError, at_least, decay, due, existing_file, fail, not_negative, number
+from datasets import InputError, at_least, decay, due, existing_file, fail, not_negative, number, warn
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -275,7 +274,7 @@ def class_weights(N, weighting):
     Their ratio, paper over sum-to-K, is sum_j (1 / N_j) / K^2, arithmetic over harmonic mean of N:
     the same for each class. So the gradient of L_reg points the same way. P's is longer, 6.2 times
     where N is CIFAR10-LT's distribution at rho = 100, and weighs that much more against L_G. When
-    the method has done its work the ratio is 1. The log has it as am_over_hm.
+    the method has done its work the ratio is 1.
     """
     inverse = 1 / N.clamp(min=FLOOR / len(N))
     # TRY: return torch.ones_like(N). Without memory it pulls less, and the tail stays rarer.
@@ -567,10 +566,6 @@ LOGGED = ("L_D", "L_G", "L_reg", "L_D_class", "L_G_class")  # Eqs 2, 3, 7; the b
 KL_IMAGES = 1_000  # samples for KL in the log where --monitor-images is 0
 
 
-def say(warning):
-    print(f"warning: {warning}", file=sys.stderr, flush=True)
-
-
 def classifier_in_the_loop(args, train, classes, device):
     """C, frozen: images (B, 3, H, W) in [-1, 1] -> logits (B, K). None where it is not needed.
 
@@ -589,28 +584,27 @@ def classifier_in_the_loop(args, train, classes, device):
     shown = ", ".join(f"{name} {x:.1%}" for name, x in right.items() if x is not None)
     print(f"classifier in the loop: {C.info['path']}, test images right: {shown}", flush=True)
     if args.reg_weight and min(x for x in [right["tail"], *rarest, 1] if x is not None) < 0.05:
-        say("the classifier can hardly tell the tail. With one whose performance is 0 on the rarest class, "
+        warn("the classifier can hardly tell the tail. With one whose performance is 0 on the rarest class, "
             'P\'s "algorithm diverges and is not able to produce meaningful results" (§4.4)')
     return C
 
 
-def find_annotator(args, C, classes, device, train_one=False):
-    """The classifier that counts samples, in P one of balanced data. None: not named, and not train_one."""
+def find_annotator(args, C, classes, device):
+    """The classifier that counts classes in samples; in P it learnt from balanced data. None: no labels."""
     kind, _, of_features = (args.features or "").partition(":")
     path = args.annotator or (of_features if kind == "classifier" else None)
-    in_loop = Path(C.info["path"]) if C else None
-    if not path and not train_one:
-        return None
     if path:
         annotator = load_classifier(path, device, classes, args.image_size)
     else:
+        counts = load_split(args, "reference").counts
+        if len(counts) == 1:  # images without labels
+            return None
         annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
                                       device=device)
-    if in_loop and in_loop.samefile(annotator.info["path"]):
-        say("the annotator is the classifier in the loop: it may be pleased by images that please itself")
-    counts = load_split(args, "reference").counts
-    if not path and counts.max() > 2 * counts.min():
-        say("no split is balanced: the annotator has learnt from uneven classes, like the one in the loop")
+        if counts.max() > 2 * counts.min():
+            warn("no split is balanced: the annotator too has learnt from uneven classes")
+    if C and Path(C.info["path"]).samefile(annotator.info["path"]):
+        warn("the annotator is the classifier in the loop: it may be pleased by images that please itself")
     return annotator
 
 
@@ -647,7 +641,7 @@ def how_to_choose(args, device):
         network, features = metrics.load_reference(
             real, args.dataset, args.data_dir, args.features, split, args.rho, device)
     except InputError as error:  # or no weights for the features, and no network to get them
-        say(f"the distance is not monitored: {error}")
+        warn(f"the distance is not monitored: {error}")
         return {}
     words = f"{network.name} distance to {len(real.labels):,} balanced {split} images"
     if split == "reference" and args.dataset in ("cifar10lt", "cifar100lt"):
@@ -673,35 +667,6 @@ def monitor(ema, N, choice, watchers, args, amp, device):
     return row | {"N": N.tolist()}
 
 
-def describe_distribution(N):
-    """For the log: KL of N to uniform; ratio of the two weightings, see `class_weights`."""
-    ratio = class_weights(N, "paper") / class_weights(N, "sum-to-K")
-    return {"kl_of_N": torch.special.xlogy(N, len(N) * N).sum().item(), "am_over_hm": ratio.mean().item()}
-
-
-def share_of_classes(seen, classes, order):
-    """Prints, once, the share of each class in the samples, and KL to uniform, as each watcher sees them.
-
-    seen {name: (n,) int64}; classes: names; order: from head to tail. Returns {"kl_<name>": KL} and,
-    for each of the K classes, {"share_<name>": share}.
-    """
-    import metrics
-
-    K, shown, which = len(classes), order, "each class"
-    if K > 20:
-        shown, which = [*order[:10], *order[-10:]], "ten classes of the head and ten of the tail"
-    shares = {name: (torch.bincount(y, minlength=K) / len(y)).tolist() for name, y in seen.items()}
-    kl = {name: metrics.kl_to_uniform(y.numpy(), K) for name, y in seen.items()}
-    width = max(len(classes[k]) for k in shown)
-    print(f"share of {which} in the samples, and KL to uniform")
-    print(f"  {'':{width}}", *(f"{name:>10}" for name in seen))
-    for k in shown:
-        print(f"  {classes[k]:{width}}", *(f"{share[k]:10.2%}" for share in shares.values()))
-    print(f"  {'KL':{width}}", *(f"{x:10.4f}" for x in kl.values()), flush=True)
-    rows = [{f"share_{name}": share[k] for name, share in shares.items()} for k in range(K)]
-    return {f"kl_{name}": x for name, x in kl.items()}, rows
-
-
 def main(argv=None):
     args = parse_settings(argv)
     device = datasets.pick_device(args.device)
@@ -716,7 +681,9 @@ def main(argv=None):
 
     # C, the classifier in the loop, and the annotator, which counts classes in the samples.
     C = classifier_in_the_loop(args, train, classes, device)
-    annotator = find_annotator(args, C, classes, device)
+    annotator = None
+    if args.eval_images or args.monitor_every:
+        annotator = find_annotator(args, C, classes, device)
     in_loss = bool(args.reg_weight) or args.conditioning == "pretrained"
     C_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
     if state and state.get("classifier") != C_hash:
@@ -832,8 +799,8 @@ def main(argv=None):
 
                 log.add(L_D, L_G, L_reg, L_D_class, L_G_class)
                 if due(done, datasets.LOG_EVERY, args.steps):
-                    uneven = describe_distribution(N) if args.reg_weight else {}
-                    log.write(done, **uneven, images=done * B)
+                    kl = torch.special.xlogy(N, K * N).sum().item()  # of N to uniform
+                    log.write(done, images=done * B, **({"kl_of_N": kl} if args.reg_weight else {}))
                 if due(done, args.monitor_every, args.steps) and (watchers or choice):
                     row = monitor(ema, N, choice, watchers, args, amp, device)
                     log.note(done, **row)
@@ -862,19 +829,17 @@ def main(argv=None):
             protocol |= {"step": best["step"], "weights": "best", "chosen_by": best["chosen_by"]}
             print(f"weights of step {best['step']}, chosen by the smallest {best['chosen_by']}")
             if torch.equal(load_split(args, best["split"]).images, load_split(args, args.reference).images):
-                say(f"the {args.reference} images that score these weights have chosen them")
+                warn(f"the {args.reference} images that score these weights have chosen them")
         y = datasets.balanced_labels(args.eval_images, K) if labelled else None
         images = draw_samples(ema, args.eval_images, FINAL, args.sample_seed, N, args, amp, y)
         # Without labels: what C takes the samples for, to train a classifier on (Table 1, Acc.).
         labels = {"labels": y} if labelled else {"predicted": predict(C, images, device)}
         datasets.save_samples(where / "samples.npz", images, **labels)
 
-        annotator = find_annotator(args, C, classes, device, train_one=not unlabelled)
         if annotator is not None:
-            watchers = {"annotator": annotator} | watchers
             protocol["annotator"] = annotator.info["path"]
         seen = {name: predict(network, images, device) for name, network in watchers.items()}
-        kl, shares = share_of_classes(seen, classes, datasets.head_to_tail(counts))
+        kl, shares = metrics.class_shares(seen, classes, datasets.head_to_tail(counts))
         grid = datasets.rows_of(images, y if labelled else next(iter(seen.values())), grid_classes)
         datasets.write_grid(where / "samples" / "final.png", grid)
         if unlabelled:

@@ -55,7 +55,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -65,7 +64,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
-from datasets import ImageSet, InputError, at_least, atomic_write, decay, due, fail, not_negative, positive
+from datasets import (
+    ImageSet,
+    InputError,
+    at_least,
+    atomic_write,
+    decay,
+    due,
+    fail,
+    not_negative,
+    positive,
+    warn,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -806,10 +816,6 @@ def report_labels(p, train, dataset, source):
     if lost := [name for name, share in zip(train.classes, kept, strict=True) if share < MASS_KEPT]:
         warn(f"the classifier gives {', '.join(lost)} less than a quarter of the probability that one-hot "
              "labels would: the discriminator hears little of them")
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def build_soft_classifier(dataset, num_classes, image_size, device="cpu"):

@@ -814,6 +814,10 @@ def fail(message):
     raise InputError(message)
 
 
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def run_command(main):
     """Calls main(); what the person at the keyboard can mend ends as one line on stderr and status 2."""
     try:
@@ -1070,8 +1074,8 @@ def find_run(args, free=FREE):
     state = load_checkpoint(path)
     check_same_run(args, state["settings"], args.run_dir, free)
     if state["settings"].get("code", args.code) != args.code:
-        print(f"warning: the script has changed since {args.run_dir} was saved; the run there resumes with "
-              "the script as it is now. For a run of its own choose another --run-dir", file=sys.stderr)
+        warn(f"the script has changed since {args.run_dir} was saved; that run resumes with the script as it "
+             "is now. For a run of its own choose another --run-dir")
     return state
 
 

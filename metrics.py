@@ -1092,6 +1092,25 @@ def text_table(rows, columns):
             for name, *cells in table]  # fmt: skip
 
 
+def class_shares(seen, classes, order):
+    """Prints, once, the share of each class in samples and KL to uniform, as several classifiers see them.
+
+    seen {name: (N,) int64}; classes: K names; order: from head to tail. Returns {"kl_<name>": KL} and, for
+    each of the K classes, {"share_<name>": share}.
+    """
+    K, shown, which = len(classes), order, "each class"
+    if K > 20:
+        shown, which = [*order[:10], *order[-10:]], "ten classes of the head and ten of the tail"
+    shares = {name: (np.bincount(y, minlength=K) / len(y)).tolist() for name, y in seen.items()}
+    kl = {name: kl_to_uniform(y, K) for name, y in seen.items()}
+    print(f"share of {which} in the samples, and KL to uniform")
+    rows = {classes[k]: {name: f"{share[k]:.2%}" for name, share in shares.items()} for k in shown}
+    rows["KL"] = {name: f"{x:.4f}" for name, x in kl.items()}
+    print("\n".join(text_table(rows, {name: name for name in seen})), flush=True)
+    rows = [{f"share_{name}": share[k] for name, share in shares.items()} for k in range(K)]
+    return {f"kl_{name}": x for name, x in kl.items()}, rows
+
+
 def beside(where, name):
     """<where>/<name> if `where` is a directory, else <where>-<name>."""
     return Path(where) / name if Path(where).is_dir() else Path(f"{where}-{name}")

@@ -1004,7 +1004,7 @@ def test_an_annotator_that_is_no_independent_one_is_warned_of(tiny, judges, tmp_
     monkeypatch.setattr(classifier, "SOFT_RECIPE", classifier.SOFT_RECIPE | {"epochs": 1})
     monkeypatch.setattr(classifier, "PAPER_RECIPE", classifier.PAPER_RECIPE | {"epochs": 1})
     args = cbgan.parse_settings(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16"])
-    annotator = cbgan.find_annotator(args, None, list("012"), torch.device("cpu"), train_one=True)
+    annotator = cbgan.find_annotator(args, None, list("012"), torch.device("cpu"))
     assert annotator.info["split"] == "reference" and "uneven classes" in capsys.readouterr().err
 
 
