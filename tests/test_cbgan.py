@@ -718,7 +718,8 @@ def test_class_losses_of_the_baselines(tiny, judges, tmp_path):
 
 def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_script, monkeypatch):
     small = [*tiny, "--steps", "4", "--sample-every", "2", "--eval-images", "60", "--monitor-images", "40",
-             "--monitor-every", "2", "--features", f"classifier:{judges.annotator}", "--run-dir", "run"]
+             "--monitor-every", "2", "--features", f"classifier:{judges.annotator}", "--run-dir", "run",
+             "--amp", "off", "--ema-start", "0"]
     done = run_script("cbgan.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -752,9 +753,20 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     shares = torch.bincount(found["in_loop"], minlength=10) / 60
     assert [float(row["share_in_loop"]) for row in rows] == pytest.approx(shares.tolist())
     assert rows[0]["train_images"] == "1000"
-    # the weights that were scored are those with the smallest monitored distance
+    # the weights that were scored are averages in eval mode, those with the smallest monitored distance
     distances = {row["step"]: row["monitored_distance"] for row in log_of(run) if "monitored_distance" in row}
     assert sorted(distances) == [2, 4] and scores["protocol"]["step"] == min(distances, key=distances.get)
+    state = state_of(run)
+    z = torch.randn(60, 128, generator=torch.Generator().manual_seed(datasets.seed_from(cbgan.FINAL, 0)))
+
+    def samples_of(weights):
+        G = cbgan.build_generator(cbgan.parse_settings(small), 10).eval()
+        G.load_state_dict(weights)
+        with torch.no_grad():
+            return ((G(z) + 1) * 127.5).round()
+
+    assert (samples_of(state["best"]["ema"]) - images).abs().max() <= 1  # another layout, other rounding
+    assert (samples_of(state["G"]) - images).abs().max() > 1
     before = (run / "checkpoint.pt").read_bytes()
     monkeypatch.chdir(tmp_path)
     cbgan.main([*small, "--eval-only", "--weights", "last", "--sample-seed", "1"])
