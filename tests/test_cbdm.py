@@ -328,6 +328,57 @@ def test_ddim_with_the_true_noise_follows_the_trajectory():
     assert torch.allclose(cbdm.ddim_step(x_t, eps, 30, -1, False, ALPHA_BAR), x_0, atol=1e-10)
 
 
+def solver_error(sampler, steps, alpha_bar, times):
+    """Largest error of x_0 for x_0 ~ N(m, s^2), whose score and whose paths, the ODE's solutions, are known:
+    x_t = sqrt(alpha_bar) m + sqrt(alpha_bar s^2 + 1 - alpha_bar) xi, xi fixed along a path."""
+    m, s, xi, before = 0.3, 0.25, torch.linspace(-2, 2, 9, dtype=torch.float64), None
+    spread = (alpha_bar * s * s + 1 - alpha_bar).sqrt()
+    x = alpha_bar[times[0]].sqrt() * m + spread[times[0]] * xi
+    for t, t_prev in zip(times, times[1:], strict=False):
+        a = alpha_bar[t].sqrt()
+        x_0 = m + a * s * s / spread[t] ** 2 * (x - a * m)
+        if sampler == "ddim":
+            x = cbdm.ddim_step(x, (x - a * x_0) / (1 - a * a).sqrt(), t, t_prev, False, alpha_bar)
+        else:
+            x, before = cbdm.dpm_step(x, x_0, before, t, t_prev, alpha_bar), (t, x_0)
+    end = times[-1]
+    exact = m + s * xi if end < 0 else alpha_bar[end].sqrt() * m + spread[end] * xi
+    return (x - exact).abs().max().item()
+
+
+def test_dpm_is_of_second_order_and_ddim_of_first():
+    """On a schedule so fine that whole t are as good as real ones: twice the steps, a fourth of the error."""
+    fine = torch.cumprod(1 - torch.linspace(1e-6, 2e-4, 100_000, dtype=torch.float64), 0)
+    log_ratio = cbdm.log_snr(fine)
+    for sampler, order in (("ddim", 1), ("dpm", 2)):
+        errors = []
+        for steps in (40, 80, 160):
+            wanted = torch.linspace(log_ratio[-1], log_ratio[100], steps + 1, dtype=torch.float64)
+            times = (log_ratio - wanted[:, None]).abs().argmin(1).tolist()
+            errors.append(solver_error(sampler, steps, fine, times))
+        orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+        assert orders == pytest.approx([order, order], abs=0.25), (sampler, errors)
+
+
+def test_twenty_calls_of_dpm_are_worth_a_hundred_of_ddim():
+    for kind in ("linear", "cosine"):
+        alpha_bar = cbdm.noise_schedule(kind)
+        error = {}
+        for sampler, steps in (("dpm", 20), ("ddim", 100)):
+            times = cbdm.sampling_times(sampler, steps, alpha_bar)
+            assert len(times) <= steps and times == sorted(times, reverse=True)
+            error[sampler] = solver_error(sampler, steps, alpha_bar, [*times, -1])
+        assert error["dpm"] < error["ddim"], (kind, error)
+
+
+def test_sampling_times():
+    assert cbdm.sampling_times("ancestral", 5, ALPHA_BAR) == list(range(999, -1, -1))
+    assert cbdm.sampling_times("ddim", 4, ALPHA_BAR) == [750, 500, 250, 0]
+    times = cbdm.sampling_times("dpm", 10, ALPHA_BAR)
+    assert times[0] == 999 and times[-1] == 0
+    assert len(cbdm.sampling_times("dpm", 1000, ALPHA_BAR)) < 1000  # no step twice
+
+
 def test_clipping_changes_nothing_inside_the_range_and_bounds_what_is_outside():
     x_0, eps, z = one_step_pair(0)
     inside = x_0.clamp(-1, 1)
@@ -403,7 +454,7 @@ def test_without_a_label_table_guidance_has_no_effect():
 
 
 def test_samplers_recover_a_known_distribution():
-    """With the exact score of one Gaussian, x_0 ~ N(m, s^2), both samplers give its mean and spread."""
+    """With the exact score of one Gaussian, x_0 ~ N(m, s^2), all samplers give its mean and spread."""
     m, s = 0.3, 0.2
 
     class Exact(torch.nn.Module):
@@ -415,8 +466,8 @@ def test_samplers_recover_a_known_distribution():
             a = ALPHA_BAR[t].view(-1, 1, 1, 1)
             return ((1 - a).sqrt() * (x - a.sqrt() * m) / (a * s * s + 1 - a)).float()
 
-    for sampler, tolerance in (("ancestral", 0.01), ("ddim", 0.02)):
-        args = sampling_settings(guidance=0.0, clip_x0=False, ddim_steps=100, prediction="eps",
+    for sampler, steps, tolerance in (("ancestral", 100, 0.01), ("ddim", 100, 0.02), ("dpm", 20, 0.01)):
+        args = sampling_settings(guidance=0.0, clip_x0=False, ddim_steps=steps, prediction="eps",
                                  noise_schedule="linear")
         x = cbdm.sample(Exact(), torch.zeros(64).long(), args, False, 0, sampler).double() / 127.5 - 1
         assert x.mean().item() == pytest.approx(m, abs=tolerance) and x.std().item() == pytest.approx(

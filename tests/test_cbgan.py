@@ -778,6 +778,21 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     assert json.loads((run / "metrics.json").read_text()) == scores
 
 
+def test_the_best_weights_are_the_ones_that_sample(tiny, judges, tmp_path):
+    run = [*tiny, "--steps", "2", "--eval-images", "0", "--monitor-images", "20", "--monitor-every", "2",
+           "--features", f"classifier:{judges.annotator}", "--amp", "off", "--run-dir", str(tmp_path)]
+    cbgan.main(run)
+    state = state_of(tmp_path)
+    state["best"]["ema"]["last.bias"] += torch.tensor([1.0, 0.0, -1.0])  # as if they were of another step
+    torch.save(state, tmp_path / "checkpoint.pt")
+    colours = {}
+    for weights in ("best", "last"):
+        cbgan.main([*run, "--eval-only", "--eval-images", "40", "--weights", weights])
+        with np.load(tmp_path / "samples.npz") as samples:
+            colours[weights] = samples["images"].mean((0, 1, 2))
+    assert colours["best"][0] > colours["last"][0] + 20 and colours["best"][2] < colours["last"][2] - 20
+
+
 def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_path):
     common = ["--eval-images", "30", "--features", f"classifier:{judges.annotator}", "--data-dir",
               str(tmp_path / "data")]
