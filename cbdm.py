@@ -453,7 +453,8 @@ def sampling_times(sampler, steps, alpha_bar):
     if sampler == "ddim":  # CHOICE, as DDIM's code: 100 steps are 990, 980 .. 0
         return [i * T // steps for i in reversed(range(steps))]
     log_ratio = log_snr(alpha_bar)  # dpm: equal steps of lambda, as its authors for small images
-    wanted = torch.linspace(log_ratio[-1], log_ratio[0], steps, dtype=torch.float64)
+    first = max(log_ratio[-1].item(), -5.1)  # their bound: below it x_t is noise
+    wanted = torch.linspace(first, log_ratio[0].item(), steps, dtype=torch.float64)
     nearest = (log_ratio - wanted[:, None]).abs().argmin(1)
     return nearest.unique().flip(0).tolist()  # unique: where steps are many and t is coarse
 

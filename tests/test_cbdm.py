@@ -375,7 +375,8 @@ def test_sampling_times():
     assert cbdm.sampling_times("ancestral", 5, ALPHA_BAR) == list(range(999, -1, -1))
     assert cbdm.sampling_times("ddim", 4, ALPHA_BAR) == [750, 500, 250, 0]
     times = cbdm.sampling_times("dpm", 10, ALPHA_BAR)
-    assert times[0] == 999 and times[-1] == 0
+    assert times[0] == 999 and times[-1] == 0  # linear; with cosine the last steps are noise, and skipped
+    assert 990 < cbdm.sampling_times("dpm", 10, cbdm.noise_schedule("cosine"))[0] < 999
     assert len(cbdm.sampling_times("dpm", 1000, ALPHA_BAR)) < 1000  # no step twice
 
 
