@@ -50,13 +50,13 @@ Not here yet: ADA and DiffAug (Table 1), the EDM and ViT backbones (Table 5).
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import hashlib
 import json
 import math
 import time
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,7 +67,21 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from datasets import InputError, at_least, decay, due, fail, finite, not_negative, number, to_device
+from datasets import (
+    RANK,
+    SILENT,
+    InputError,
+    at_least,
+    decay,
+    due,
+    fail,
+    finite,
+    my_share,
+    not_negative,
+    number,
+    own_randomness,
+    to_device,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -508,8 +522,10 @@ def sample_grid(model, classes, args, amp):
     """Ten samples of each class (n,), the same noise for each grid: (10 n, 3, H, W) uint8."""
     device = next(model.parameters()).device
     y = classes.repeat_interleave(datasets.GRID_COLUMNS).split(images_at_once(device, args.image_size))
-    parts = [sample(model, part, args, amp, args.seed + i, "ddim") for i, part in enumerate(y)]
-    return torch.cat(parts)
+    mine = datasets.my_part(len(y))
+    parts = [sample(model, part, args, amp, args.seed + i, "ddim") for i, part in list(enumerate(y))[mine]]
+    empty = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
+    return datasets.collect(torch.cat([empty, *parts]))
 
 
 def sample_all(model, labels, args, amp):
@@ -532,22 +548,25 @@ def sample_all(model, labels, args, amp):
     images = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
     for file in [part] if args.eval_only else [path, part]:
         # A file that is missing, damaged or of another version is as good as none.
-        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as found:
+        with suppress(Exception), np.load(file, allow_pickle=False) as found:
             if str(found["key"]) == key:
                 images = torch.from_numpy(found["images"]).permute(0, 3, 1, 2)
                 break
     saved = time.monotonic()
-    bar = tqdm(total=len(labels), initial=len(images), desc="sampling", unit="img", bar_format=BAR)
+    bar = tqdm(total=len(labels), initial=len(images), desc="sampling", unit="img", bar_format=BAR, **SILENT)
     with bar:
         while len(images) < len(labels):
-            seed = datasets.seed_from(args.seed, len(images))  # a batch does not depend on those before it
-            y = labels[len(images) : len(images) + at_once]
-            images = torch.cat([images, sample(model, y, args, amp, seed, args.sampler, bar)])
+            start = len(images) + RANK * at_once  # a batch for each process
+            y = labels[start : start + at_once]
+            seed = datasets.seed_from(args.seed, start)  # a batch does not depend on those before it
+            found = sample(model, y, args, amp, seed, args.sampler, bar) if len(y) else images[:0]
+            images = torch.cat([images, datasets.collect(found)])
             if time.monotonic() - saved > SAVE_SECONDS and len(images) < len(labels):
                 datasets.save_samples(part, images, key=key)
                 saved = time.monotonic()
     datasets.save_samples(path, images, labels=labels, key=key)
-    part.unlink(missing_ok=True)
+    if not RANK:
+        part.unlink(missing_ok=True)
     return images
 
 
@@ -637,22 +656,25 @@ def main(argv=None):
                 x_0, y = next(batches)
                 t = torch.randint(0, T, (B,))  # on the CPU, where alpha_bar is; the network's copy below
                 eps = torch.randn_like(x_0)
+                # Guidance needs a prediction without label, so some images lose theirs (§3.3).
+                kept = torch.rand(1 if args.drop_whole_batch else B) >= args.drop_rate
+
+                # This process's share of the batch, with labels, noise and target.
+                x_0, y, t, eps, kept = map(my_share, (x_0, y, t, eps, kept.expand(B)))
+                labelled = to_device(kept, device)
+                y = torch.where(labelled, y, NO_LABEL)
                 x_t = q_sample(x_0, t, eps, alpha_bar)
                 target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
                 t = to_device(t, device)
 
-                # Guidance needs a prediction without label, so some images lose theirs (§3.3).
-                kept = torch.rand(1 if args.drop_whole_batch else B) >= args.drop_rate
-                labelled = to_device(kept.expand(B), device)
-                y = torch.where(labelled, y, NO_LABEL)
-
                 # Line 6: a random label for each image, |Y| = 1; it may equal y.
                 tau = args.tau if step >= args.regularise_after * args.steps else 0.0
                 if tau > 0:
-                    y_prime = to_device(torch.multinomial(q_Y, B, replacement=True), device)
+                    y_prime = to_device(my_share(torch.multinomial(q_Y, B, replacement=True)), device)
 
                 # The network's answers to both labels.
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                masks = own_randomness(device, args.seed, step) if args.dropout else nullcontext()
+                with masks, torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     if tau == 0:
                         h = net(x_t, t, y)
                     elif args.gamma > 0:  # in one pass of 2 B, each with its own dropout mask
@@ -672,6 +694,7 @@ def main(argv=None):
                 # Line 11: update. Then average.
                 optimizer.param_groups[0]["lr"] = learning_rate(step, args)
                 loss.backward()
+                datasets.average_gradients(model)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # A
                 optimizer.step()
                 optimizer.zero_grad()  # here, so that the next forward pass has their memory
@@ -684,11 +707,11 @@ def main(argv=None):
                 if due(done, args.sample_every, args.steps):
                     grid = sample_grid(ema_net, grid_classes, args, amp)
                     datasets.write_grid(run_dir / "samples" / f"step-{done:07d}.png", grid)
-                stopping = bool(stop)  # a signal that comes after this line is for the next step
-                if stopping or due(done, args.save_every, args.steps):
+                signal = datasets.asked_to_stop(stop)  # one that comes later is for the next step
+                if signal or due(done, args.save_every, args.steps):
                     datasets.save(args, done, parts, device)
-                if stopping:
-                    datasets.leave(stop, done, args)
+                if signal:
+                    datasets.leave(signal, done, args)
 
     if args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it

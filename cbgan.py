@@ -78,7 +78,20 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import datasets
 from classifier import frozen_classifier, load_classifier, predict
-from datasets import InputError, at_least, decay, due, existing_file, fail, not_negative, number, warn
+from datasets import (
+    InputError,
+    at_least,
+    decay,
+    due,
+    existing_file,
+    fail,
+    my_share,
+    not_negative,
+    number,
+    to_device,
+    warn,
+    whole_batch_mean,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -507,12 +520,12 @@ def draw_labels(n, N, conditioning, random=None):
 
 
 def noise_and_labels(n, N, conditioning, device):
-    """What G makes fakes from in training: z (n, 128), y_fake (n,) or None.
+    """What G makes fakes from in training: this process's share of z (n, 128), y_fake (n,) or None.
 
     From the CPU: the same on each device.
     """
     z, y = torch.randn(n, LATENT), draw_labels(n, N, conditioning)
-    return z.to(device), None if y is None else y.to(device)
+    return tuple(None if x is None else to_device(my_share(x), device) for x in (z, y))
 
 
 def latents(n, kind, seed):
@@ -528,6 +541,8 @@ def generate(ema, z, y, amp):
     ema: the averaged generator, in eval mode.
     """
     device = next(ema.parameters()).device
+    mine = datasets.my_part(len(z))
+    z, y = z[mine], None if y is None else y[mine]
     images = []
     for i in range(0, len(z), SAMPLING_BATCH):
         part = slice(i, i + SAMPLING_BATCH)
@@ -535,7 +550,7 @@ def generate(ema, z, y, amp):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = ema(z[part].to(device), y_part)
         images.append(datasets.to_uint8(x))
-    return torch.cat(images)
+    return datasets.collect(torch.cat(images))
 
 
 def draw_samples(ema, n, kind, seed, N, args, amp, y=None):
@@ -692,7 +707,7 @@ def main(argv=None):
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
     layout = dict(memory_format=torch.channels_last)  # convolutions in bfloat16 are fastest with it
-    G = build_generator(args, K).to(device, **layout)
+    G = datasets.share_batch_norms(build_generator(args, K)).to(device, **layout)
     D = Discriminator(args, K).to(device, **layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     average = datasets.Average(ema, G)
@@ -741,7 +756,7 @@ def main(argv=None):
         with datasets.stop_signals() as stop, log.open(start, args.steps):
             for step in range(start, args.steps):
                 # D. Real and fake images in one pass.
-                x, y = next(batches)
+                x, y = map(my_share, next(batches))
                 z, y_fake = noise_and_labels(B, N, args.conditioning, device)
                 y_both = None if y_fake is None else torch.cat([y, y_fake])
                 with autocast():
@@ -753,9 +768,11 @@ def main(argv=None):
                 L_D = relativistic_loss(D_real, D_fake)  # Eq. 2
                 L_D_class = L_G_class = L_reg = zero
                 if args.conditioning == "acgan":  # each image has the label that it came with (A)
-                    L_D_class = F.cross_entropy(logits[:B], y) + F.cross_entropy(logits[B:], y_fake)
+                    of_real, of_fake = logits.chunk(2)
+                    L_D_class = F.cross_entropy(of_real, y) + F.cross_entropy(of_fake, y_fake)
                 optimizer_D.zero_grad()
                 (L_D + L_D_class).backward()
+                datasets.average_gradients(D)
                 optimizer_D.step()
 
                 # G. New noise; the same real images (A), which D scores once more for Eq. 3.
@@ -771,7 +788,7 @@ def main(argv=None):
 
                 L_G = relativistic_loss(D_fake, D_real)  # Eq. 3
                 if args.reg_weight:
-                    p_hat = seen.softmax(1).mean(0)
+                    p_hat = whole_batch_mean(seen.softmax(1).mean(0))
                     # TRY: class_balancing_regulariser(seen.softmax(1), w) / B. Then each *image* has
                     # to be of all classes: hybrids.
                     L_reg = class_balancing_regulariser(p_hat, w)  # Eq. 7
@@ -782,6 +799,7 @@ def main(argv=None):
                 optimizer_G.zero_grad()
                 # Eq. 17; the 1 / K of appendix 6.4.1 is in w.
                 (L_G + args.reg_weight * L_reg + L_G_class).backward()
+                datasets.average_gradients(G)
                 optimizer_G.step()
 
                 done = step + 1
@@ -790,7 +808,7 @@ def main(argv=None):
                 # Class statistics: of these fakes alone, for the cycles to come.
                 if args.reg_weight and not args.force_frequency:
                     # TRY: c += F.one_hot(y, K).sum(0). N is the data's for ever: too much tail.
-                    c += F.one_hot(seen.argmax(1), K).sum(0)
+                    c += datasets.sum_of_processes(F.one_hot(seen.argmax(1), K).sum(0))
                     if done % args.cycle == 0:
                         N_hat = effective_class_frequency(N_hat, c.cpu(), args.alpha, args.beta)
                         N = effective_class_distribution(N_hat)
@@ -811,12 +829,12 @@ def main(argv=None):
                 if due(done, args.sample_every, args.steps):
                     grid = sample_grid(ema, C, grid_classes, N, args, amp, device)
                     datasets.write_grid(run_dir / "samples" / f"step-{done:07d}.png", grid)
-                stopping = bool(stop)  # a signal that comes after this line is for the next step
-                if stopping or due(done, args.save_every, args.steps):
+                signal = datasets.asked_to_stop(stop)  # one that comes later is for the next step
+                if signal or due(done, args.save_every, args.steps):
                     datasets.save(args, done, parts, device, N_hat=N_hat, c=c, best=best,
                                   classifier=C_hash)
-                if stopping:
-                    datasets.leave(stop, done, args)
+                if signal:
+                    datasets.leave(signal, done, args)
 
     if args.eval_images:
         import metrics

@@ -707,9 +707,10 @@ def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=No
         found = load_classifier(path).info["settings"]["training_data"]
         if found != datasets.load(dataset, data_dir, split, size).fingerprint:
             fail(f"{path} has learnt from other images than {dataset} has now; move its directory away")
-    if not path.is_file():
-        print(f"Training the classifier {path} first.", flush=True)
-        train(args, path)
+    with datasets.first_process_first():
+        if not path.is_file():
+            print(f"Training the classifier {path} first.", flush=True)
+            train(args, path)
     return load_classifier(path, device, test_set.classes, size)
 
 
@@ -980,13 +981,13 @@ def train(args, path=None):
                     network.train()
                     log.write(done, **row)
 
-                stopping = bool(stop)  # a signal that comes after this line is for the next step
-                if stopping or due(done, steps * args.save_every, epochs * steps):
+                signal = datasets.asked_to_stop(stop)  # one that comes later is for the next step
+                if signal or due(done, steps * args.save_every, epochs * steps):
                     datasets.save(args, done, parts, device, generator=generator.get_state(),
                                   order=order, tested=tested, best=best, kept=kept,
                                   seconds=time.monotonic() - began)
-                if stopping:
-                    datasets.leave(stop, done, args)
+                if signal:
+                    datasets.leave(signal, done, args)
 
     network.eval()
     if watched:

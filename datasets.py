@@ -31,9 +31,11 @@ The last section, "For every command line", is what all scripts share and no pap
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -47,6 +49,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -107,6 +110,9 @@ def atomic_write(path):
     take the file object. Raises InputError where the disk refuses.
     """
     path = Path(path)
+    if RANK:  # process 0 writes
+        yield io.BytesIO()
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it: os.replace is atomic within a disk
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +171,14 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
         images, labels = draw_shapes(split, size, rho if long_tailed else 1, seed, narrow_hues=long_tailed)
         return ImageSet(images, labels, list(SHAPES))
     if name.startswith("folder:"):
-        return load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
+        with first_process_first():
+            return load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
 
     source = "cifar100" if name.startswith("cifar100") else "cifar10"
     imbalanced = "imb" in name
     stored = split if split != "reference" else ("test" if imbalanced else "train")
-    images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
+    with first_process_first():
+        images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
     if split == "train" and (long_tailed or imbalanced):
         if long_tailed:
             counts = long_tailed_counts(len(labels) // len(classes), len(classes), rho)
@@ -938,6 +946,8 @@ def read_settings(parser, argv, script, defaults, free=FREE):
         import metrics
 
         metrics.chosen_scores(args.scores)
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size} can't be shared out evenly among {WORLD} processes")
     if args.run_dir is None:
         unnamed = free - {"steps"} | {"dataset", "seed"}  # another length gets a directory of its own
         differs = [f"-{name.replace('_', '')}{value}" for name, value in vars(args).items()
@@ -951,14 +961,29 @@ def read_settings(parser, argv, script, defaults, free=FREE):
 
 # The machine
 def pick_device(name):
-    """torch.device of a name; "auto" is CUDA, then MPS, then the CPU. Raises InputError."""
+    """torch.device of a name; "auto" is CUDA, then MPS, then the CPU. Raises InputError.
+
+    With torchrun each process gets a GPU of its own, and is here put in touch with the others.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=name)
     except Exception as error:
         raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # the one whose random state and memory are meant by default
+    if WORLD > 1 and device.type == "mps":
+        fail("several processes need CUDA or the CPU, not mps")
+    if WORLD > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # a classifier may train first
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+    return device
 
 
 def use_bf16(choice, device):
@@ -1001,6 +1026,142 @@ def set_random_states(states, device):
         torch.cuda.set_rng_state(states["cuda"], device)
     if device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
+
+
+# Several processes (torchrun). Each draws the same random numbers for the whole batch and computes its share
+# of it; gradients, batch statistics and losses are averaged. So N processes follow the run of one, to
+# rounding, and a run may resume with another number of them. Process 0 alone writes and prints.
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+SILENT = {"disable": True} if RANK else {}  # for tqdm
+ALONE = [False]  # inside `first_process_first`
+
+
+def together():
+    """Whether other processes take part in what is done now."""
+    return WORLD > 1 and not ALONE[0]
+
+
+def my_share(x):
+    """The rows of a batch that this process computes; all of them where there is one process."""
+    return x.chunk(WORLD)[RANK]
+
+
+def mean_of_processes(x):
+    """x (any shape), averaged over the processes, in place."""
+    if together():
+        dist.all_reduce(x)
+        x /= WORLD
+    return x
+
+
+def sum_of_processes(x):
+    """x (any shape), summed over the processes, in place."""
+    if together():
+        dist.all_reduce(x)
+    return x
+
+
+class MeanOfProcesses(torch.autograd.Function):
+    """The same inside the network: x enters the loss of each process, so all their gradients count."""
+
+    @staticmethod
+    def forward(_, x):
+        return mean_of_processes(x.clone())
+
+    @staticmethod
+    def backward(_, gradient):
+        return mean_of_processes(gradient.clone())
+
+
+def whole_batch_mean(x):
+    """A mean over this process's share -> the mean over the whole batch; gradients pass."""
+    return MeanOfProcesses.apply(x) if WORLD > 1 else x
+
+
+def average_gradients(network):
+    """After backward(): from the gradient of this process's share to the whole batch's. One message."""
+    if WORLD > 1:
+        gradients = [w.grad for w in network.parameters() if w.grad is not None]
+        mean = mean_of_processes(torch.cat([g.flatten() for g in gradients]))
+        for g, m in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(m.view_as(g))
+
+
+class SharedBatchNorm(torch.nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the whole batch, not those of a process's share."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float()
+            mean = whole_batch_mean(y.mean((0, 2, 3)))
+            y = y - mean[:, None, None]
+            variance = whole_batch_mean((y * y).mean((0, 2, 3)))
+            with torch.no_grad():
+                n = WORLD * x.numel() / x.shape[1]
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+            y = y * (variance + self.eps).rsqrt()[:, None, None]
+            if self.affine:
+                y = y * self.weight[:, None, None] + self.bias[:, None, None]
+            return y.to(x.dtype)
+
+
+def share_batch_norms(network):
+    """Makes the batch norms of a network `SharedBatchNorm`s if there are several processes; returns it."""
+    for module in network.modules():
+        if WORLD > 1 and type(module) is torch.nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm
+    return network
+
+
+@contextlib.contextmanager
+def own_randomness(device, *numbers):
+    """What is drawn inside, as by dropout, is this process's own; outside it is as if nothing had been drawn.
+
+    numbers: the seed of the run and what tells this use from others.
+    """
+    states = random_states(device)
+    torch.manual_seed(seed_from(*numbers, RANK))
+    try:
+        yield
+    finally:
+        set_random_states(states, device)
+
+
+def my_part(n):
+    """Which of n pieces of work are this process's, to be put together by `collect`: a slice."""
+    return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+
+
+def collect(x):
+    """The rows that each process has computed, on the CPU, one after the other: in every process."""
+    if not together():
+        return x
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The block runs in process 0, then in the others, which find what it has put on disk."""
+    if not together() or not dist.is_initialized():
+        yield
+        return
+    turn = torch.zeros(())  # every process waits here for the others
+    if RANK:
+        dist.all_reduce(turn)
+    ALONE[0] = True
+    try:
+        yield
+    finally:
+        ALONE[0] = False
+        if not RANK:
+            dist.all_reduce(turn)
 
 
 def seed_from(*numbers):
@@ -1090,6 +1251,8 @@ def save(args, step, parts, device, **more):
                  for w in part.parameters())
     if not finite:
         fail(not_finite("weight", step, path))
+    if RANK:  # process 0 writes
+        return
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"step": step, "settings": vars(args), "rng": random_states(device), **more}
     with atomic_write(path) as file:
@@ -1132,15 +1295,16 @@ class Log:
     @contextlib.contextmanager
     def open(self, start, steps):
         """The file is open and the bar is shown inside the `with` block; steps: of the whole run."""
-        if self.path.exists():  # drop what a killed run wrote after its checkpoint: it will be written again
+        # Drop what a killed run wrote after its checkpoint: it will be written again.
+        if self.path.exists() and not RANK:
             lines = self.path.read_text().splitlines(keepends=True)
             lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
             with atomic_write(self.path) as file:
                 file.write("".join(lines).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.last_step, self.last_time, self.steps = start, time.monotonic(), steps
-        bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
-        with open(self.path, "a") as self.file, bar as self.bar:
+        bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, **SILENT)
+        with open(os.devnull if RANK else self.path, "a") as self.file, bar as self.bar:
             yield self
 
     def add(self, *values):
@@ -1151,6 +1315,7 @@ class Log:
 
     def write(self, step, **more):
         """The means since the last line, and `more`; raises InputError if one of them is not finite."""
+        mean_of_processes(self.sums)
         if not self.sums.isfinite().all():
             fail(not_finite("loss or gradient", step, self.checkpoint))
         row = dict(zip(self.names, (self.sums / self.added).tolist(), strict=True))
@@ -1166,7 +1331,7 @@ class Log:
         self.file.flush()
 
     def state_dict(self):
-        return {"sums": self.sums, "added": self.added}
+        return {"sums": self.sums, "added": self.added}  # with several processes: of process 0
 
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
@@ -1199,10 +1364,18 @@ def stop_signals():
             signal.signal(number, previous)
 
 
-def leave(stop, step, args):
-    """Ends the program after a signal, when the run is saved."""
-    print(f"stopped by signal {stop[0]} at step {step}; the same command resumes the run in {args.run_dir}")
-    sys.exit(128 + stop[0])
+def asked_to_stop(stop):
+    """The number of a signal that a process has got, else 0: the same answer in every process."""
+    number = torch.tensor(stop[0] if stop else 0)
+    if together():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def leave(number, step, args):
+    """Ends the program after the signal of this number, when the run is saved."""
+    print(f"stopped by signal {number} at step {step}; the same command resumes the run in {args.run_dir}")
+    sys.exit(128 + number)
 
 
 def write_config(args, device, **more):

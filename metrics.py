@@ -181,14 +181,21 @@ def extract_features(images, network, device="cpu", batch_size=100):
 
     network: a FeatureNetwork on the same device.
     """
+    shared_out = datasets.together() and len(images) >= datasets.WORLD
+    if shared_out:
+        images = images[datasets.my_part(len(images))]
     features = probabilities = None
-    for start in tqdm(range(0, len(images), batch_size), "features", leave=False, dynamic_ncols=True):
+    bar = tqdm(range(0, len(images), batch_size), "features", leave=False, dynamic_ncols=True,
+               **datasets.SILENT)
+    for start in bar:
         batch = slice(start, start + batch_size)
         outputs = [x.float().cpu().numpy() for x in network.forward(images[batch].to(device))]
         if features is None:  # whole arrays at once: a list of parts would need twice the memory in the end
             features, probabilities = (np.empty((len(images), x.shape[1]), np.float32) for x in outputs)
         features[batch], probabilities[batch] = outputs
-    return features, probabilities
+    if not shared_out:
+        return features, probabilities
+    return tuple(datasets.collect(torch.from_numpy(x)).numpy() for x in (features, probabilities))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -890,7 +897,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                 sees, if they are a classifier's
     scores      names of SCORES, a list or a text with commas between. "all": those that can be had (LPIPS
                 needs weights); protocol["left_out"] says why one is missing
-    returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON.
+    returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON;
+                with several processes None in all but the first.
                 Head, middle and tail are thirds of the classes by the number of *training* images. None: not
                 to be had (a class with too few samples, no labels, no classifier).
         fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
@@ -932,6 +940,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device,
                                             batch_size)  # fmt: skip
     fake_features, probabilities = extract_features(images, network, device, batch_size)
+    if datasets.RANK:
+        return None
     if seen is not None:
         seen = check_labels(seen, images, "seen")
     elif network.info:
@@ -1021,6 +1031,8 @@ def score_run(where, images, labels, args, device, seen=None, protocol=None, tot
     except InputError as error:
         print(f"{where}/samples.npz is written but not scored: {error}. "
               "The same command then resumes from here.", flush=True)
+        return None
+    if result is None:  # of another process
         return None
     result["protocol"] |= protocol or {}
     result["all"] |= totals or {}

@@ -82,7 +82,7 @@ from classifier import (
     images_that_count,
     labels_by_classifier,
 )
-from datasets import at_least, due, fail, number, positive, share, to_device
+from datasets import WORLD, at_least, due, fail, my_share, number, positive, share, to_device
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -249,14 +249,14 @@ def label_augmentation(how, classes, K, p=None, alpha=0.1):
     return y.float()
 
 
-def diffaugment(x, policy):
+def diffaugment(x, policy, batches=1):
     """DiffAugment (Zhao et al. 2020, arXiv:2006.10738), ranges of §4.3. x (B, 3, R, R) in and out.
 
     policy: some of "color,translation,cutout", applied in this order. Each image draws its own
     numbers, and gradients pass. What moves in or is cut out is 0, the middle grey. Nothing is
-    clamped: colour reaches |x| = 4.5.
+    clamped: colour reaches |x| = 4.5. batches: how many x holds, one after the other.
     """
-    B, R = len(x), x.shape[-1]
+    B, R = WORLD * len(x), x.shape[-1]
     reach, side = round(R / 8), R // 2
     # Seven numbers an image, from the CPU: the same on each device. They travel in one piece.
     drawn = torch.zeros(7, B)
@@ -268,7 +268,9 @@ def diffaugment(x, policy):
         drawn[3:5] = torch.randint(2 * reach + 1, (2, B))  # top left corner in the padded image
     if "cutout" in policy:
         drawn[5:7] = torch.randint(R + 1, (2, B))  # centre of the hole, which may lie on the border
-    drawn = to_device(drawn, x.device)
+    if WORLD > 1:
+        drawn = torch.cat([my_share(of_batch.T) for of_batch in drawn.chunk(batches, 1)]).T
+    B, drawn = len(x), to_device(drawn, x.device)
     brightness, saturation, contrast = drawn[:3].view(3, B, 1, 1, 1)
     top, left, row, column = drawn[3:].long().view(4, B, 1)
     pixel = torch.arange(R, device=x.device)
@@ -494,9 +496,9 @@ GRID, FINAL = range(2)  # the pictures on the way, and what is scored, do not sh
 def noise_and_labels(n, d_z, K, device):
     """§4.2: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: what G makes fakes from.
 
-    Drawn on the CPU: the same on each device.
+    Drawn on the CPU: the same on each device. Of n, this process's share.
     """
-    z, classes = torch.randn(n, d_z), torch.randint(K, (n,))
+    z, classes = my_share(torch.randn(n, d_z)), my_share(torch.randint(K, (n,)))
     return to_device(z, device), F.one_hot(to_device(classes, device), K).float()
 
 
@@ -515,13 +517,15 @@ def generate(generator, z, classes, K, amp):
     are scored apart.
     """
     device = next(generator.parameters()).device
+    mine = datasets.my_part(len(z))
+    z, classes = z[mine], classes[mine]
     images = []
     for z_part, part in zip(z.split(SAMPLING_BATCH), classes.split(SAMPLING_BATCH), strict=True):
         y = F.one_hot(part, K).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = generator(z_part.to(device), y.to(device))
         images.append(datasets.to_uint8(x))
-    return torch.cat(images)
+    return datasets.collect(torch.cat(images))
 
 
 def sample_grid(generator, classes, K, args, amp):
@@ -574,7 +578,8 @@ def main(argv=None):
     # once, neither mirrored nor augmented. It is trained here if need be.
     p = None
     if args.labels in ("soft", "ols"):
-        p = labels_by_classifier(args, train, run_dir, device)
+        with datasets.first_process_first():
+            p = labels_by_classifier(args, train, run_dir, device)
     y_train = label_augmentation(args.labels, train.labels, K, p, args.smoothing)
     labels_hash = hashlib.sha256(y_train.numpy().tobytes()).hexdigest()
     if state and state.get("labels_hash") != labels_hash:
@@ -589,7 +594,7 @@ def main(argv=None):
     # Generator, its moving average (used for sampling), and discriminator.
     torch.manual_seed(args.seed)
     layout = dict(memory_format=torch.channels_last)  # convolutions in bfloat16 are fastest with it
-    G = Generator(args.image_size, args.width, K).to(device, **layout)
+    G = datasets.share_batch_norms(Generator(args.image_size, args.width, K)).to(device, **layout)
     D = Discriminator(args.image_size, args.discriminator_width, K).to(device, **layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     average = datasets.Average(ema, G)
@@ -605,6 +610,7 @@ def main(argv=None):
              "batches": batches, "log": log}
     if args.labels == "cotrain":
         C, optimizer_C = build_soft_classifier(args.dataset, K, args.image_size, device)
+        datasets.share_batch_norms(C)
         parts |= {"C": C, "optimizer_C": optimizer_C}
 
     # Resume the run that the directory holds.
@@ -638,6 +644,7 @@ def main(argv=None):
 
                 # D, --d-steps times.
                 for x_r, y_hat in zip(x_all.split(B), y_all.split(B), strict=True):
+                    x_r, y_hat = my_share(x_r), my_share(y_hat)
                     # Co-training. CHOICE, as S has one sentence on it: C learns at each step of D,
                     # and the same pass, in training mode, gives the labels.
                     if args.labels == "cotrain":
@@ -648,6 +655,7 @@ def main(argv=None):
                         L_C = entropy_rewarded_loss(logits, y_r)
                         optimizer_C.zero_grad()
                         L_C.backward()
+                        datasets.average_gradients(C)
                         optimizer_C.step()
 
                     # Fakes, then the scores of real and fake images, augmented, in one pass.
@@ -655,12 +663,13 @@ def main(argv=None):
                     with autocast():
                         with torch.no_grad():
                             x_f = net_G(z, y_f)
-                        x = diffaugment(torch.cat([x_r, x_f]), args.diffaug)
+                        x = diffaugment(torch.cat([x_r, x_f]), args.diffaug, batches=2)
                         D_real, D_fake = net_D(x, torch.cat([y_hat, y_f])).chunk(2)
 
                     L_D = discriminator_loss(D_real, D_fake)  # Eq. 3
                     optimizer_D.zero_grad()
                     L_D.backward()
+                    datasets.average_gradients(D)
                     optimizer_D.step()
 
                 # G, on one-hot labels always.
@@ -672,6 +681,7 @@ def main(argv=None):
                 D.requires_grad_(True)
                 optimizer_G.zero_grad()
                 L_G.backward()
+                datasets.average_gradients(G)
                 optimizer_G.step()
 
                 done = step + 1
@@ -684,11 +694,11 @@ def main(argv=None):
                 if due(done, args.sample_every, args.steps):
                     grid = sample_grid(ema, grid_classes, K, args, amp)
                     datasets.write_grid(run_dir / "samples" / f"step-{done:07d}.png", grid)
-                stopping = bool(stop)  # a signal that comes after this line is for the next step
-                if stopping or due(done, args.save_every, args.steps):
+                signal = datasets.asked_to_stop(stop)  # one that comes later is for the next step
+                if signal or due(done, args.save_every, args.steps):
                     datasets.save(args, done, parts, device, labels_hash=labels_hash)
-                if stopping:
-                    datasets.leave(stop, done, args)
+                if signal:
+                    datasets.leave(signal, done, args)
 
     if args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
