@@ -78,7 +78,7 @@ def both(judges, tmp_path_factory):
 
 
 def difference(a, b, parts=("model", "G", "D", "ema")):
-    """|a - b| / |a| of all weights of two checkpoints, but for biases before a batch norm, which do nothing."""
+    """|a - b| / |a| of all weights of two checkpoints, but for biases before batch norms: they do nothing."""
 
     def weights(where):
         return {name: x.double() for name, x in flat(state_of(where)).items()
