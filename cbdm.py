@@ -514,14 +514,11 @@ SAVE_SECONDS = 300  # how often the samples of a long evaluation are put on disk
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
-def images_at_once(device, image_size):
-    return max(1, int(AT_ONCE[device.type] * 32**2 / image_size**2))
-
-
 def sample_grid(model, classes, args, amp):
     """Ten samples of each class (n,), the same noise for each grid: (10 n, 3, H, W) uint8."""
     device = next(model.parameters()).device
-    y = classes.repeat_interleave(datasets.GRID_COLUMNS).split(images_at_once(device, args.image_size))
+    at_once = datasets.images_at_once(AT_ONCE[device.type], args.image_size)
+    y = classes.repeat_interleave(datasets.GRID_COLUMNS).split(at_once)
     mine = datasets.my_part(len(y))
     parts = [sample(model, part, args, amp, args.seed + i, "ddim") for i, part in list(enumerate(y))[mine]]
     empty = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
@@ -536,7 +533,7 @@ def sample_all(model, labels, args, amp):
     this file.
     """
     device = next(model.parameters()).device
-    at_once = images_at_once(device, args.image_size)
+    at_once = datasets.images_at_once(AT_ONCE[device.type], args.image_size)
     path, part = Path(args.run_dir) / "samples.npz", Path(args.run_dir) / "samples.part"
     elsewhere = ("features", "scores", "reference", "eval_only", "run_dir", "data_dir")
     settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
@@ -586,6 +583,25 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def about_sampling(args, step_seconds, training_seconds):
+    """How long the final samples will take, as text; what to do if that is longer than the training.
+
+    A backward pass costs as much as two forward passes, so a step costs three, for each label.
+    """
+    if not args.eval_images:
+        return ""
+    labels = 2 if args.tau > 0 and args.regularise_after == 0 else 1
+    call = step_seconds / (3 * labels * args.batch_size)  # seconds of an image
+    call *= 1 if args.guidance == 0 else 2
+    calls = T if args.sampler == "ancestral" else args.ddim_steps
+    seconds = args.eval_images * calls * call
+    text = f"; {args.eval_images:,} samples then take about {datasets.duration(seconds)}"
+    if seconds > training_seconds and args.sampler == "ancestral":
+        cheaper = datasets.duration(seconds / calls * 20)
+        text += f", longer than the training: --sampler dpm --ddim-steps 20 takes about {cheaper}"
+    return text
+
+
 def load_initial_weights(args, model):
     """--init-from: another run's averaged weights (Table 2). With another K the label table is new."""
     source = datasets.load_checkpoint(args.init_from)
@@ -626,7 +642,7 @@ def main(argv=None):
     fused = device.type in ("cuda", "cpu")  # one kernel updates all weights
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=fused)
     batches = datasets.Batches(train, B, args.resample, args.flip, device, args.seed)
-    log = datasets.Log(args, LOGGED, device)
+    log = datasets.Log(args, LOGGED, device, functools.partial(about_sampling, args))
 
     # Resume the run that the directory holds.
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "log": log}

@@ -74,7 +74,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import datasets
 from classifier import frozen_classifier, load_classifier, predict
@@ -357,7 +356,7 @@ def initialise(network, normalise):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
             if normalise:
-                spectral_norm(module, eps=1e-6)
+                datasets.spectral_norm(module, eps=1e-6)
 
 
 class DCGenerator(nn.Module):
@@ -503,7 +502,7 @@ class Discriminator(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Sampling
 # --------------------------------------------------------------------------------------------------
-SAMPLING_BATCH = 500  # images
+AT_ONCE = 500  # samples of 32 x 32 pixels
 GRID, MONITOR, FINAL = range(3)  # three kinds of samples; no two share their noise
 
 
@@ -535,7 +534,7 @@ def latents(n, kind, seed):
 
 
 @torch.no_grad()
-def generate(ema, z, y, amp):
+def generate(ema, z, y, args, amp):
     """Images (n, 3, H, W) uint8 on the CPU from z (n, 128) and y (n,) or None.
 
     ema: the averaged generator, in eval mode.
@@ -543,9 +542,10 @@ def generate(ema, z, y, amp):
     device = next(ema.parameters()).device
     mine = datasets.my_part(len(z))
     z, y = z[mine], None if y is None else y[mine]
+    at_once = datasets.images_at_once(AT_ONCE, args.image_size)
     images = []
-    for i in range(0, len(z), SAMPLING_BATCH):
-        part = slice(i, i + SAMPLING_BATCH)
+    for i in range(0, len(z), at_once):
+        part = slice(i, i + at_once)
         y_part = None if y is None else y[part].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = ema(z[part].to(device), y_part)
@@ -558,7 +558,7 @@ def draw_samples(ema, n, kind, seed, N, args, amp, y=None):
     z, random = latents(n, kind, seed)
     if y is None:
         y = draw_labels(n, N, args.conditioning, random)
-    return generate(ema, z, y, amp)
+    return generate(ema, z, y, args, amp)
 
 
 def sample_grid(ema, C, classes, N, args, amp, device):
@@ -706,7 +706,7 @@ def main(argv=None):
 
     # Generator, its moving average, which samples, and discriminator.
     torch.manual_seed(args.seed)
-    layout = dict(memory_format=torch.channels_last)  # convolutions in bfloat16 are fastest with it
+    layout = datasets.layout(device)
     G = datasets.share_batch_norms(build_generator(args, K)).to(device, **layout)
     D = Discriminator(args, K).to(device, **layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)

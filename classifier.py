@@ -667,7 +667,7 @@ def load_classifier(path, device="cpu", classes=None, image_size=None):
     if image_size is not None and image_size != info["image_size"]:
         fail(f"{made_for}; wanted are images of {image_size} pixels")
     network.info = {**info, "path": str(path)}
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(device, **datasets.layout(device)).eval().requires_grad_(False)
 
 
 def frozen_classifier(dataset, data_dir, path=None, split="train", image_size=None, rho=None, seed=0,
@@ -829,7 +829,7 @@ def build_soft_classifier(dataset, num_classes, image_size, device="cpu"):
     network = NETWORKS[args.network](num_classes, **args.normalisation, head=args.head)
     if args.pretrained:
         network.load_imagenet()
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, **datasets.layout(device))
     optimizer = torch.optim.SGD(network.parameters(), args.lr / 10, MOMENTUM, weight_decay=args.weight_decay)
     return network, optimizer
 
@@ -888,8 +888,7 @@ def train(args, path=None):
         copy_body(network, args.init_from)
     if args.pretrained and not state:
         network.load_imagenet()
-    # channels_last: 1.2 to 1.5 times as fast on the CPU.
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(device, **datasets.layout(device)).train()
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=MOMENTUM,
                                 weight_decay=args.weight_decay)
     loss_of = training_loss(args)

@@ -725,11 +725,11 @@ class Batches:
             c = torch.multinomial(self.weight, self.batch_size, replacement=True, generator=self.generator)
             u = torch.rand(self.batch_size, dtype=torch.float64, generator=self.generator)
             index = self.by_class[self.first[c] + (u * self.counts[c]).long()]
-        index = index.to(self.images.device, non_blocking=True)
+        index = to_device(index, self.images.device)
         x, y = self.images[index], self.labels[index]
         if self.flip:
             mirrored = torch.rand(self.batch_size, generator=self.generator) < 0.5
-            mirrored = mirrored.to(x.device, non_blocking=True)
+            mirrored = to_device(mirrored, x.device)
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x.float() / 127.5 - 1, y
 
@@ -974,8 +974,10 @@ def pick_device(name):
     except Exception as error:
         raise InputError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
     device = torch.device(name)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # the one whose random state and memory are meant by default
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all batches are alike: try its kernels once, keep the fastest
+        if device.index is not None:
+            torch.cuda.set_device(device)  # the one whose random state and memory are meant by default
     if WORLD > 1 and device.type == "mps":
         fail("several processes need CUDA or the CPU, not mps")
     if WORLD > 1 and not dist.is_initialized():
@@ -987,7 +989,11 @@ def pick_device(name):
 
 
 def use_bf16(choice, device):
-    """Whether to compute in bfloat16; "auto": where the hardware multiplies it faster than float32."""
+    """Whether to compute in bfloat16; "auto": where the hardware multiplies it faster than float32.
+
+    "off" means float32 on a GPU too, whose convolutions would else round to TF32, 10 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = choice != "off"
     if choice != "auto":
         return choice == "bf16"
     if device.type == "cuda":
@@ -1170,8 +1176,28 @@ def seed_from(*numbers):
 
 
 def to_device(x, device):
-    """A tensor on the device, without making the CPU wait for what a GPU has still to do."""
+    """A tensor on the device, without making the CPU wait for what a GPU has still to do.
+
+    Not so on MPS, where such a copy may read memory that is already something else's.
+    """
     return x.to(device, non_blocking=device.type == "cuda")
+
+
+def layout(device):
+    """For Module.to: convolutions are fastest in channels_last; on MPS slow, and their gradients wrong."""
+    return {} if torch.device(device).type == "mps" else {"memory_format": torch.channels_last}
+
+
+class SpectralNorm(torch.nn.utils.parametrizations._SpectralNorm):
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
+def spectral_norm(layer, eps):
+    """torch's spectral norm of the layer's weight (Miyato et al. 2018), in float32 also under autocast."""
+    torch.nn.utils.parametrizations.spectral_norm(layer, eps=eps)
+    layer.parametrizations.weight[0].__class__ = SpectralNorm
 
 
 class Average:
@@ -1278,6 +1304,7 @@ def restore(state, parts, device):
 
 # Log, pictures, signals
 LOG_EVERY = 50  # steps
+TIMED = 3, 13  # the steps of a run, or of what is left of it, between which the time of a step is taken
 GRID_ROWS, GRID_COLUMNS = 10, 10  # of a grid: classes, evenly spaced from head to tail, and samples of each
 
 
@@ -1285,9 +1312,12 @@ class Log:
     """log.jsonl of a run and its progress bar: `add` takes a step's numbers, `write` logs their means.
 
     names: of these numbers. Between two lines their sums stay on the device: no step waits for a GPU.
+    After the first steps it says how long the rest takes and how much memory; about_sampling(seconds a step,
+    seconds of training), if given, is asked for more to say.
     """
 
-    def __init__(self, args, names, device):
+    def __init__(self, args, names, device, about_sampling=None):
+        self.device, self.about_sampling = device, about_sampling
         self.path, self.names = Path(args.run_dir) / "log.jsonl", names
         self.checkpoint = self.path.with_name("checkpoint.pt")
         self.sums, self.added = torch.zeros(len(names), device=device), 0
@@ -1302,7 +1332,8 @@ class Log:
             with atomic_write(self.path) as file:
                 file.write("".join(lines).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.last_step, self.last_time, self.steps = start, time.monotonic(), steps
+        self.start, self.steps, self.steps_here = start, steps, 0
+        self.last_step, self.last_time = start, time.monotonic()
         bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, **SILENT)
         with open(os.devnull if RANK else self.path, "a") as self.file, bar as self.bar:
             yield self
@@ -1312,6 +1343,24 @@ class Log:
         self.sums += torch.stack([value.detach() for value in values])
         self.added += 1
         self.bar.update()
+        self.steps_here += 1
+        if self.steps_here in TIMED:
+            self.look_ahead()
+
+    def look_ahead(self):
+        """Times some of the first steps, and says in one line what the whole run will take."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.steps_here == TIMED[0]:
+            self.began = time.monotonic()
+            return
+        seconds = (time.monotonic() - self.began) / (TIMED[1] - TIMED[0])
+        left = (self.steps - self.start - self.steps_here) * seconds
+        line = f"{seconds:.3g} s a step: the training takes {duration(left)} from here{memory(self.device)}"
+        if self.about_sampling:
+            line += self.about_sampling(seconds, left)
+        if not RANK:
+            self.bar.write(line, file=sys.stdout)
 
     def write(self, step, **more):
         """The means since the last line, and `more`; raises InputError if one of them is not finite."""
@@ -1336,6 +1385,27 @@ class Log:
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
         self.added = state["added"]
+
+
+def duration(seconds):
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    days, hours = divmod(minutes // 60, 24)
+    return (f"{minutes} minutes" if minutes < 120 else
+            f"{minutes / 60:.1f} hours" if minutes < 48 * 60 else f"{days} days {hours} hours")
+
+
+def memory(device):
+    """What this process has used of it so far, as text."""
+    if device.type == "cuda":
+        return f", with {torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f", with {used / 2**30:.1f} GiB of memory"
 
 
 def due(step, every, steps):
@@ -1421,6 +1491,11 @@ def save_samples(path, images, **arrays):
     arrays = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
     with atomic_write(path) as file:
         np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), **arrays)
+
+
+def images_at_once(at_32, image_size):
+    """How many images to sample at once where it would be `at_32` of 32 x 32 pixels: by their area."""
+    return max(1, int(at_32 * 32**2 / image_size**2))
 
 
 def to_uint8(x):

@@ -73,7 +73,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import datasets
 from classifier import (
@@ -389,12 +388,15 @@ class Attention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        def rows(t):
-            return t.flatten(2).transpose(1, 2)  # (B, pixels, channels)
+        def rows(t):  # (B, pixels, channels). No 1 / sqrt(channels) below, as in SAGAN
+            return t.flatten(2).transpose(1, 2)
 
         q = rows(self.query(x))
         k, v = (rows(F.max_pool2d(conv(x), 2)) for conv in (self.key, self.value))
-        h = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # no 1 / sqrt(d), as in SAGAN
+        # Zeros change no score; with multiples of 8 and a dimension for heads a GPU has a kernel that
+        # never writes the (pixels, pixels / 4) table.
+        q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
         return x + self.gamma * self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -413,7 +415,7 @@ def initialise(network, image_size, plain=()):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
             if module not in plain:
-                spectral_norm(module, eps=1e-8 if image_size <= 32 else 1e-6)  # eps: A
+                datasets.spectral_norm(module, eps=1e-8 if image_size <= 32 else 1e-6)  # eps: A
 
 
 class Generator(nn.Module):
@@ -489,7 +491,7 @@ class Discriminator(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Sampling
 # --------------------------------------------------------------------------------------------------
-SAMPLING_BATCH = 250  # images
+AT_ONCE = 250  # samples of 32 x 32 pixels
 GRID, FINAL = range(2)  # the pictures on the way, and what is scored, do not share their noise
 
 
@@ -509,7 +511,7 @@ def latents(n, d_z, kind, seed):
 
 
 @torch.no_grad()
-def generate(generator, z, classes, K, amp):
+def generate(generator, z, classes, K, args, amp):
     """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,).
 
     generator: the averaged one, in eval mode: batch norm has the averages of training. A's scripts
@@ -519,8 +521,9 @@ def generate(generator, z, classes, K, amp):
     device = next(generator.parameters()).device
     mine = datasets.my_part(len(z))
     z, classes = z[mine], classes[mine]
+    at_once = datasets.images_at_once(AT_ONCE, args.image_size)
     images = []
-    for z_part, part in zip(z.split(SAMPLING_BATCH), classes.split(SAMPLING_BATCH), strict=True):
+    for z_part, part in zip(z.split(at_once), classes.split(at_once), strict=True):
         y = F.one_hot(part, K).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = generator(z_part.to(device), y.to(device))
@@ -532,7 +535,7 @@ def sample_grid(generator, classes, K, args, amp):
     """Ten samples of each class (n,), always of the same ten z: (10 n, 3, R, R) uint8."""
     z = latents(datasets.GRID_COLUMNS, latent_size(args.image_size), GRID, args.seed)
     y = classes.repeat_interleave(datasets.GRID_COLUMNS)
-    return generate(generator, z.repeat(len(classes), 1), y, K, amp)
+    return generate(generator, z.repeat(len(classes), 1), y, K, args, amp)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -593,7 +596,7 @@ def main(argv=None):
 
     # Generator, its moving average (used for sampling), and discriminator.
     torch.manual_seed(args.seed)
-    layout = dict(memory_format=torch.channels_last)  # convolutions in bfloat16 are fastest with it
+    layout = datasets.layout(device)
     G = datasets.share_batch_norms(Generator(args.image_size, args.width, K)).to(device, **layout)
     D = Discriminator(args.image_size, args.discriminator_width, K).to(device, **layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
@@ -706,7 +709,7 @@ def main(argv=None):
         where = run_dir / f"sample-seed-{args.sample_seed}" if args.sample_seed else run_dir
         classes = datasets.balanced_labels(args.eval_images, K)
         z = latents(len(classes), d_z, FINAL, args.sample_seed)
-        images = generate(ema, z, classes, K, amp)
+        images = generate(ema, z, classes, K, args, amp)
         datasets.save_samples(where / "samples.npz", images, labels=classes)
         protocol = {"step": done, "sample_seed": args.sample_seed}
         per_class = [{"images_that_count": n} for n in counted] if counted else None

@@ -909,6 +909,21 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     assert torch.equal(whole, again) and model.images == 4 * 2 and not (tmp_path / "samples.part").exists()
 
 
+def test_what_a_run_will_take_is_said_first(tmp_path, capsys, monkeypatch):
+    """1,000 guided steps for 50,000 images are longer than a day of training; the cheaper way is named."""
+    cbdm.main([*TINY, "--steps", "14", "--run-dir", str(tmp_path)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "s a step: " in line)
+    assert "the training takes 0 s from here, with " in line and "samples" not in line
+    args = cbdm.parse_settings(["--dataset", "cifar100lt"])  # two labels a step, so six forward passes of 48
+    text = cbdm.about_sampling(args, 6 * 48 * 1e-3, 86_400)  # a millisecond for an image
+    assert "50,000 samples then take about 27.8 hours, longer than the training" in text  # twice: guided
+    assert text.endswith("--sampler dpm --ddim-steps 20 takes about 33 minutes")
+    plain = ["--dataset", "cifar100lt", "--tau", "0", "--guidance", "0", "--sampler", "ddim"]
+    args = cbdm.parse_settings(plain)
+    assert cbdm.about_sampling(args, 3 * 48 * 1e-3, 86_400) == "; 50,000 samples then take about 83 minutes"
+    assert datasets.duration(3 * 86_400 + 7200) == "3 days 2 hours" and datasets.duration(59) == "59 s"
+
+
 def test_an_edited_script_is_named_when_a_run_resumes(tmp_path, capsys):
     """Whoever edits the loss and runs the same command again would compare a run with itself."""
     run = [*TINY, "--run-dir", str(tmp_path)]
