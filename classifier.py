@@ -577,7 +577,7 @@ def augment(images, crop_padding, flip, generator):
         columns = torch.where(torch.rand(b, 1, generator=generator) < 0.5, columns.flip(1), columns)
     padded = F.pad(images, (crop_padding,) * 4).permute(0, 2, 3, 1)
     index = torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]
-    return padded[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2)
+    return datasets.laid_out(padded[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2))
 
 
 # --------------------------------------------------------------------------------------------------

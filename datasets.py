@@ -1188,6 +1188,11 @@ def layout(device):
     return {} if torch.device(device).type == "mps" else {"memory_format": torch.channels_last}
 
 
+def laid_out(x):
+    """Images in the layout of `layout`: those in channels_last become contiguous on MPS."""
+    return x.contiguous() if x.device.type == "mps" else x
+
+
 class SpectralNorm(torch.nn.utils.parametrizations._SpectralNorm):
     def forward(self, weight):
         with torch.autocast(weight.device.type, enabled=False):

@@ -284,7 +284,7 @@ def diffaugment(x, policy, batches=1):
         image = torch.arange(B, device=x.device)[:, None, None]
         rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]
         padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
-        x = padded[image, rows, columns].permute(0, 3, 1, 2)
+        x = datasets.laid_out(padded[image, rows, columns].permute(0, 3, 1, 2))
     if "cutout" in policy:
         top, left = row - side // 2, column - side // 2
         in_rows = (pixel >= top) & (pixel < top + side)  # (B, R)

@@ -1,8 +1,8 @@
 import os
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
-# as many in the processes that tests start: it decides the last bits
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread for each worker; as many in the processes that tests start: it decides the last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import subprocess
