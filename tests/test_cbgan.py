@@ -793,6 +793,20 @@ def test_the_best_weights_are_the_ones_that_sample(tiny, judges, tmp_path):
     assert colours["best"][0] > colours["last"][0] + 20 and colours["best"][2] < colours["last"][2] - 20
 
 
+def test_labels_are_drawn_as_when_the_best_weights_were_found(tiny, judges, tmp_path, monkeypatch):
+    run = [*tiny, "--conditioning", "inverse", "--steps", "2", "--monitor-images", "20",
+           "--monitor-every", "2",
+           "--features", f"classifier:{judges.annotator}", "--run-dir", str(tmp_path)]
+    cbgan.main(run)
+    state = state_of(tmp_path)
+    state["best"]["N"] = torch.linspace(0.01, 0.19, 10, dtype=torch.float64)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    drawn, draw_samples = [], cbgan.draw_samples
+    monkeypatch.setattr(cbgan, "draw_samples", lambda *a, **k: drawn.append(a[4]) or draw_samples(*a, **k))
+    cbgan.main([*run, "--eval-only", "--eval-images", "20"])
+    assert torch.equal(drawn[-1], state["best"]["N"]) and not torch.equal(state["N_hat"], drawn[-1])
+
+
 def test_labels_are_in_the_samples_of_conditional_generators(tiny, judges, tmp_path):
     common = ["--eval-images", "30", "--features", f"classifier:{judges.annotator}", "--data-dir",
               str(tmp_path / "data")]

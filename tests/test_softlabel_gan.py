@@ -782,6 +782,16 @@ def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     assert [row["images_that_count"] for row in scores["per_class"]] == [10, 10]
 
 
+def test_larger_networks_have_another_eps_in_adam(tmp_path):
+    """1e-8 up to 32 pixels, 1e-6 above, as in A."""
+    for size, eps in ((16, 1e-8), (64, 1e-6)):
+        run = [*TINY, "--labels", "onehot", "--image-size", str(size), "--batch-size", "2", "--steps", "1"]
+        softlabel_gan.main([*run, "--run-dir", str(tmp_path / str(size))])
+        state = state_of(tmp_path / str(size))
+        assert state["optimizer_G"]["param_groups"][0]["eps"] == eps
+        assert state["optimizer_D"]["param_groups"][0]["eps"] == eps
+
+
 def test_one_class_is_refused(tmp_path):
     run = [*TINY[4:], *folder(tmp_path / "mine", 4), "--labels", "onehot", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match="has one class"):
