@@ -1299,6 +1299,20 @@ def run_settings(data_dir, **more):
                                  image_size=SIZE, scores="fid,is", **more)
 
 
+def test_thirds_are_by_training_images(data_dir, samples, monkeypatch):
+    """Not by those of the reference, which is balanced."""
+    asked, thirds = [], datasets.thirds
+    monkeypatch.setattr(datasets, "thirds", lambda counts: asked.append(counts) or thirds(counts))
+    shapes_result(data_dir, *samples)
+    assert asked[-1].max() > 10 * asked[-1].min()
+
+
+def test_six_images_have_a_fifth_neighbour():
+    a, b = np.random.default_rng(0).normal(size=(2, 6, 3))
+    assert set(metrics.compare(a, b, ["pr", "dc"], 20)) == {"precision", "recall", "density", "coverage"}
+    assert metrics.compare(a[1:], b, ["pr", "dc"], 20) == {}
+
+
 def test_score_run(data_dir, samples, tmp_path, capsys):
     seen = np.arange(500) % 10
     shares = [{"share": k / 10} for k in range(10)]
