@@ -605,14 +605,17 @@ def classifier_in_the_loop(args, train, classes, device):
 
 
 def find_annotator(args, C, classes, device):
-    """The classifier that counts classes in samples; in P it learnt from balanced data. None: no labels."""
+    """The classifier that counts classes in samples; in P it learnt from balanced data.
+
+    It is trained now if it is needed for the final samples. None: it is not, or there are no labels.
+    """
     kind, _, of_features = (args.features or "").partition(":")
     path = args.annotator or (of_features if kind == "classifier" else None)
     if path:
         annotator = load_classifier(path, device, classes, args.image_size)
     else:
         counts = load_split(args, "reference").counts
-        if len(counts) == 1:  # images without labels
+        if len(counts) == 1 or not args.eval_images:
             return None
         annotator = frozen_classifier(args.dataset, args.data_dir, None, "reference", args.image_size,
                                       device=device)
@@ -696,9 +699,7 @@ def main(argv=None):
 
     # C, the classifier in the loop, and the annotator, which counts classes in the samples.
     C = classifier_in_the_loop(args, train, classes, device)
-    annotator = None
-    if args.eval_images or args.monitor_every:
-        annotator = find_annotator(args, C, classes, device)
+    annotator = find_annotator(args, C, classes, device)
     in_loss = bool(args.reg_weight) or args.conditioning == "pretrained"
     C_hash = hashlib.sha256(Path(C.info["path"]).read_bytes()).hexdigest() if in_loss else None
     if state and state.get("classifier") != C_hash:

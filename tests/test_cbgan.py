@@ -1045,6 +1045,9 @@ def test_an_annotator_that_is_no_independent_one_is_warned_of(tiny, judges, tmp_
     monkeypatch.setattr(classifier, "SOFT_RECIPE", classifier.SOFT_RECIPE | {"epochs": 1})
     monkeypatch.setattr(classifier, "PAPER_RECIPE", classifier.PAPER_RECIPE | {"epochs": 1})
     args = cbgan.parse_settings(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16"])
+    monkeypatch.setattr(args, "eval_images", 0)  # nothing to count classes in
+    assert cbgan.find_annotator(args, None, list("012"), torch.device("cpu")) is None
+    monkeypatch.setattr(args, "eval_images", 9)
     annotator = cbgan.find_annotator(args, None, list("012"), torch.device("cpu"))
     assert annotator.info["split"] == "reference" and "uneven classes" in capsys.readouterr().err
 
