@@ -108,6 +108,7 @@ def training(part, device):
                              "--save-every", "1000000", "--data-dir", scratch, "--run-dir", str(run_dir),
                              "--device", str(device)])
             lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+            lines = [line for line in lines if "steps_per_second" in line]  # not those about samples
             row(f"{name}: a training step", [1 / line["steps_per_second"] for line in lines[2:]], "s",
                 " ".join(flags[2:]))
 
