@@ -18,7 +18,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, edited
+from conftest import ROOT, edited, state_of
 from PIL import Image
 
 import cbdm
@@ -922,6 +922,17 @@ def test_what_a_run_will_take_is_said_first(tmp_path, capsys, monkeypatch):
     args = cbdm.parse_settings(plain)
     assert cbdm.about_sampling(args, 3 * 48 * 1e-3, 86_400) == "; 50,000 samples then take about 83 minutes"
     assert datasets.duration(3 * 86_400 + 7200) == "3 days 2 hours" and datasets.duration(59) == "59 s"
+
+
+def test_dropout_is_on_in_training(tmp_path):
+    """The masks are the only difference: images, labels and noise are drawn as without."""
+    states = []
+    for dropout in ("0", "0.5"):
+        run = [*TINY, "--steps", "4", "--warmup", "0", "--dropout", dropout]
+        cbdm.main([*run, "--run-dir", str(tmp_path / dropout)])
+        states.append(state_of(tmp_path / dropout))
+    assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
+    assert not torch.equal(states[0]["model"]["tail.2.weight"], states[1]["model"]["tail.2.weight"])
 
 
 def test_an_edited_script_is_named_when_a_run_resumes(tmp_path, capsys):

@@ -133,6 +133,17 @@ def test_samples_are_shared_out_and_put_together(both, judges):
     assert found.shape == images.shape and (found.int() - images.int()).abs().max() <= 1
 
 
+def test_each_process_has_masks_of_its_own(monkeypatch):
+    """What dropout draws differs from process to process and step to step, and leaves no trace."""
+    masks, before = [], torch.get_rng_state()
+    for rank, step in ((0, 5), (1, 5), (0, 6), (0, 5)):
+        monkeypatch.setattr(datasets, "RANK", rank)
+        with datasets.own_randomness(torch.device("cpu"), 0, step):
+            masks.append(torch.rand(8))
+    assert torch.equal(masks[0], masks[3]) and torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
 def test_an_uneven_batch_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "WORLD", 3)
     with pytest.raises(datasets.InputError, match="shared out evenly among 3 processes"):
