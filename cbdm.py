@@ -702,7 +702,8 @@ def main(argv=None):
                             h_prime = net(x_t, t, y_prime)
 
                 # Lines 5 and 7 to 11: the three terms of Eq. 4 and their sum.
-                L_DM, L_r, L_rc = ddpm_loss(h, target), zero, zero
+                L_DM = ddpm_loss(h, target)
+                L_r = L_rc = zero
                 if tau > 0:
                     L_r, L_rc = regularisers(h, h_prime, t, tau, labelled)
                 loss = L_DM + L_r + args.gamma * L_rc

@@ -55,8 +55,7 @@ step used again in G's, batch statistics averaged with the weights (EMA). Where 
   * The final batch norm of the residual generator is unconditional, as in A. P says that iNaturalist's
     are all conditional.
   * Convolutions right before a batch norm have no bias; P's and A's do nothing there.
-  * bfloat16 where the hardware has it (on CUDA, untested, for spectral norm's power method too; `--amp
-    off`: float32), fused Adam, real and fake in one pass of D.
+  * bfloat16 where the hardware has it (`--amp off`: float32), fused Adam, real and fake in one pass of D.
 Not here: BiT's weights for Table 3 (torchvision has none; classifier.py fine-tunes a ResNet-50);
 downloads of LSUN and iNaturalist. The classifier sees the GAN's image size; P shows it iNaturalist's at
 224 pixels.
@@ -441,7 +440,8 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, width_in, width_out, slope, first, down):
         super().__init__()
-        self.slope, self.first, self.down = slope, first, down
+        self.slope = slope
+        self.first, self.down = first, down
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         plain = width_in == width_out and not down
@@ -693,7 +693,8 @@ def main(argv=None):
     train = load_split(args, "train")
     classes = complete_settings(args, train)
     state = datasets.find_run(args, FREE)
-    K, B, labelled = len(classes), args.batch_size, args.conditioning in LABELLED
+    K, B = len(classes), args.batch_size
+    labelled = args.conditioning in LABELLED
     unlabelled = len(train.classes) == 1  # training images: then nobody knows which class is the head
     counts = torch.ones(K) if unlabelled else train.counts
 
@@ -734,7 +735,8 @@ def main(argv=None):
         N_hat, c = state["N_hat"], state["c"].to(device)
     del state  # a second copy of everything
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
-    precision, resumed = ", bf16" if amp else "", f"; resumed at step {start}" if start else ""
+    precision = ", bf16" if amp else ""
+    resumed = f"; resumed at step {start}" if start else ""
     print(f"GAN, conditioning {args.conditioning}, lambda {args.reg_weight:g}, on {args.dataset}: "
           f"{len(train.labels)} images, {K} classes; {parameters[0]:,} + {parameters[1]:,} "
           f"parameters; {device}{precision}; {run_dir}{resumed}", flush=True)

@@ -227,7 +227,8 @@ def recipe_for(args, num_images, image_size):
 
 def complete(args, num_images, image_size):
     """Fills in what the command line left open, and the name of the run."""
-    args.image_size, args.first_weights, changed = image_size, None, []
+    args.image_size, args.first_weights = image_size, None
+    changed = []
     recipe = recipe_for(args, num_images, image_size)
     if args.loss and args.drw is None:
         recipe["drw"] = args.loss == "focal"
@@ -414,7 +415,8 @@ class ResNet50(nn.Module):
     mean, std: as for ResNet32. The weights are random; see `load_imagenet`.
     """
 
-    name, size, batch = "resnet50", 128, 100  # pixels, images
+    name = "resnet50"
+    size, batch = 128, 100  # pixels, images
 
     def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
@@ -466,7 +468,8 @@ class ResNet50(nn.Module):
 class WideResNet101(ResNet50):
     """torchvision's Wide-ResNet-101-2 behind a resize to 448 x 448: Softlabel-GAN's backbone (A)."""
 
-    name, size, batch = "wide_resnet101_2", 448, 16
+    name = "wide_resnet101_2"
+    size, batch = 448, 16
 
 
 NETWORKS = {kind.name: kind for kind in (ResNet32, ResNet50, WideResNet101)}
@@ -537,7 +540,8 @@ def read_samples(args, test_set, device):
     """
     from metrics import load_samples  # here: metrics.py imports this file
 
-    path, size, K = args.train_on or args.add, test_set.images.shape[-1], len(test_set.classes)
+    path = args.train_on or args.add
+    size, K = test_set.images.shape[-1], len(test_set.classes)
     images, labels = load_samples(path, ("labels", "predicted"))
     if images.shape[2:] != (size, size):
         found = f"{images.shape[3]} x {images.shape[2]}"
@@ -905,7 +909,9 @@ def train(args, path=None):
 
     # Progress: the order of the epoch's images, the last test, the best one, the time that all took,
     # and the weights with the smallest loss on what is held out.
-    start, order, tested, best, seconds = 0, None, {}, {}, 0.0
+    start, order = 0, None
+    tested, best = {}, {}
+    seconds = 0.0
     kept = {"epoch": 0, "loss": math.inf}
     log = datasets.Log(args, ("loss",), device)
     parts = {"model": network, "optimizer": optimizer, "log": log}
@@ -913,8 +919,9 @@ def train(args, path=None):
         # With the random state as it is now: it is the caller's.
         datasets.restore(state | {"rng": datasets.random_states(device)}, parts, device)
         generator.set_state(state["generator"])
-        start, order, seconds = state["step"], state["order"], state["seconds"]
-        tested, best, kept = state["tested"], state["best"], state["kept"]
+        start, order = state["step"], state["order"]
+        tested, best = state["tested"], state["best"]
+        seconds, kept = state["seconds"], state["kept"]
     loss = args.loss + (" + DRW" if args.drw else "")
     loss += f" - {args.entropy_weight:g} entropy" if args.entropy_weight else ""
     resumed = f"; resumed at step {start}" if start else ""

@@ -1194,6 +1194,8 @@ def laid_out(x):
 
 
 class SpectralNorm(torch.nn.utils.parametrizations._SpectralNorm):
+    """Of `spectral_norm`; a class, so that a copy of the network gets vectors of its own."""
+
     def forward(self, weight):
         with torch.autocast(weight.device.type, enabled=False):
             return super().forward(weight)
@@ -1309,7 +1311,7 @@ def restore(state, parts, device):
 
 # Log, pictures, signals
 LOG_EVERY = 50  # steps
-TIMED = 3, 13  # the steps of a run, or of what is left of it, between which the time of a step is taken
+TIMED = 5, 15  # the steps of a run, or of what is left of it, between which the time of a step is taken
 GRID_ROWS, GRID_COLUMNS = 10, 10  # of a grid: classes, evenly spaced from head to tail, and samples of each
 
 
@@ -1337,7 +1339,8 @@ class Log:
             with atomic_write(self.path) as file:
                 file.write("".join(lines).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.start, self.steps, self.steps_here = start, steps, 0
+        self.start, self.steps = start, steps
+        self.steps_here = 0
         self.last_step, self.last_time = start, time.monotonic()
         bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, **SILENT)
         with open(os.devnull if RANK else self.path, "a") as self.file, bar as self.bar:
@@ -1354,8 +1357,7 @@ class Log:
 
     def look_ahead(self):
         """Times some of the first steps, and says in one line what the whole run will take."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.sums.tolist()  # waits for the device
         if self.steps_here == TIMED[0]:
             self.began = time.monotonic()
             return
@@ -1376,8 +1378,9 @@ class Log:
         self.bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in row.items() if v), refresh=False)
         rate = (step - self.last_step) / (time.monotonic() - self.last_time)
         self.note(step, **row, **more, steps_per_second=round(rate, 3))
-        self.last_step, self.last_time, self.added = step, time.monotonic(), 0
+        self.last_step, self.last_time = step, time.monotonic()
         self.sums.zero_()
+        self.added = 0
 
     def note(self, step, **row):
         """A line of its own."""
@@ -1393,6 +1396,7 @@ class Log:
 
 
 def duration(seconds):
+    """As text, in the unit that suits it: "75 s", "40 minutes", "27.8 hours", "3 days 2 hours"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

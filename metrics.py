@@ -925,7 +925,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         found = f"{labels.min()} to {labels.max()}"
         raise InputError(f"labels go from {found}; {dataset} has the classes 0 to {K - 1}")
-    wanted, left_out, lpips = chosen_scores(scores), [], None
+    wanted, left_out = chosen_scores(scores), []
+    lpips = None
     if "lpips" in wanted:
         try:
             if size < LPIPS_SMALLEST:
@@ -1056,7 +1057,8 @@ def score_headings(metric):
 
 def format_table(result, per_class=False):
     """The dict of `evaluate` as text: the protocol, a row for each score; if asked a row for each class."""
-    p, groups, K = result["protocol"], ("all", "head", "middle", "tail"), len(result["per_class"])
+    p, K = result["protocol"], len(result["per_class"])
+    groups = ("all", "head", "middle", "tail")
     share = p["classifier_accuracy"]
     known = "" if share is None else f" (right on {share:.1%} of the test images)"
     lines = [f"{p['samples']} samples against {p['reference_images']} images ({p['dataset']}, "
@@ -1110,7 +1112,8 @@ def class_shares(seen, classes, order):
     seen {name: (N,) int64}; classes: K names; order: from head to tail. Returns {"kl_<name>": KL} and, for
     each of the K classes, {"share_<name>": share}.
     """
-    K, shown, which = len(classes), order, "each class"
+    K = len(classes)
+    shown, which = order, "each class"
     if K > 20:
         shown, which = [*order[:10], *order[-10:]], "ten classes of the head and ten of the tail"
     shares = {name: (np.bincount(y, minlength=K) / len(y)).tolist() for name, y in seen.items()}
@@ -1252,7 +1255,8 @@ def nearest_picture(images, labels, network, train, train_features, device="cpu"
     shown = images[torch.cat([*chosen.values(), torch.tensor([0])])]  # one more: a single image makes no set
     index, _ = nearest(extract_features(shown, network, device, batch_size)[0], train_features)
     pairs = iter(zip(shown, train.images[index], strict=True))
-    size, left, top, gap = max(48, images.shape[-1]), 170, 22, 12  # pixels
+    size, gap = max(48, images.shape[-1]), 12  # pixels, as all below
+    left, top = 170, 22
     width, height = left + NEAREST_PAIRS * (2 * size + gap), top + len(chosen) * (size + 4)
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()

@@ -911,7 +911,7 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
 
 def test_what_a_run_will_take_is_said_first(tmp_path, capsys, monkeypatch):
     """1,000 guided steps for 50,000 images are longer than a day of training; the cheaper way is named."""
-    cbdm.main([*TINY, "--steps", "14", "--run-dir", str(tmp_path)])
+    cbdm.main([*TINY, "--steps", "16", "--run-dir", str(tmp_path)])
     line = next(line for line in capsys.readouterr().out.splitlines() if "s a step: " in line)
     assert "the training takes 0 s from here, with " in line and "samples" not in line
     args = cbdm.parse_settings(["--dataset", "cifar100lt"])  # two labels a step, so six forward passes of 48

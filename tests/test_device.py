@@ -184,7 +184,6 @@ def pretended(request, monkeypatch):
         monkeypatch.setattr(place, "get_rng_state", lambda *_: torch.get_rng_state())
         monkeypatch.setattr(place, "set_rng_state", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "pretended")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to() makes new parameters
     try:
