@@ -16,6 +16,9 @@ pull is weak.
                                                           # Table 2, fine-tuning: 50,000 steps (A)
     python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; replaces samples, scores
     python cbdm.py --dataset cifar100lt --eval-only --sampler dpm --ddim-steps 20     # the cheapest; ours
+    python cbdm.py --dataset folder:PATH --image-size 64  # your own images, settings that fit them
+    python cbdm.py --dataset folder:PATH --image-size 64 --eval-only --export DIR --classes A,B
+                                                          # pictures of rare classes, for a training set
 
 P's FIDs in Table 1: 7.38 for DDPM, 6.26 for CBDM. Its other columns: --scores fid,is,pr,prd. Table 4
 and Fig. 4: classifier.py --add, metrics.py --plot. Each command resumes the run that it finds in its
@@ -102,7 +105,7 @@ CIFAR100LT = dict(
     sample_every=10_000, save_every=2_000,
 )
 BALANCED = CIFAR100LT | dict(steps=800_000, batch_size=128, guidance=0.8)  # A, config files; P §4.1
-DATASETS = {
+RECIPES = {
     "cifar100lt": CIFAR100LT,
     # CHOICE: steps and batch of CIFAR100-LT, which has nearly as many images; P and A give none.
     "cifar10lt": CIFAR100LT | dict(guidance=1.0),  # P §4.1
@@ -120,15 +123,29 @@ DATASETS = {
         eval_images=500, sample_every=650, save_every=325,
     ),
 }
-DATASETS["shapes"] = DATASETS["shapeslt"]
+RECIPES["shapes"] = RECIPES["shapeslt"]
+# Ours, for your own images: a quarter of the paper's width. The lowest level has 8 to 15 pixels a side.
+# As many epochs as the paper's run, 1,330 (300,000 steps of 48 among 10,847 images), but 10,000 to
+# 300,000 steps: 10,000 for 200 images, 83,100 for 2,000. Fewer never get beyond blobs. A constant
+# rate, so that --steps can be raised later.
+RECIPES["folder"] = CIFAR100LT | dict(
+    batch_size=32, lr=5e-4, warmup=500, ema=0.999, channels=32, prediction="v", noise_schedule="cosine",
+    guidance=1.5, sampler="dpm", ddim_steps=20, clip_x0=True, eval_images=2_000, save_every=250)
 FREE = datasets.FREE | {"guidance", "sampler", "ddim_steps", "clip_x0"}  # no part of the training
 
 
 def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the data set."""
-    first = datasets.first_flags(argv, dataset=str, tau=float)
+    first = datasets.first_flags(argv, tau=float)
     dataset = first.dataset or "cifar100lt"
-    defaults = DATASETS.get(dataset, CIFAR100LT) | dict(dataset=dataset)
+    recipe = "folder" if dataset.startswith("folder:") else dataset if dataset in RECIPES else "cifar100lt"
+    name = first.recipe or recipe  # an unknown one is refused below
+    defaults = RECIPES.get(name, CIFAR100LT) | dict(dataset=dataset, recipe=recipe)
+    if name == "folder":
+        levels = max(1, int(math.log2((first.image_size or 32) / 4)))  # 3 at 32 to 63 pixels
+        defaults |= dict(multipliers=[max(1, 4 >> i) for i in reversed(range(levels))],
+                         attention_level=max(0, levels - 2))
+        defaults |= datasets.folder_settings(first, 32, epochs=1_330, low=10_000, high=300_000)
     if first.tau == 0 and dataset == "cifar100lt":
         defaults["guidance"] = 0.8  # A, README: the best of the baseline; P tunes omega for each model
     if dataset in datasets.LONG_TAILED:
@@ -136,6 +153,7 @@ def parse_settings(argv=None):
 
     parser = datasets.settings_parser(f"Class-Balancing Diffusion Models; defaults: {dataset}'s")
     add = parser.add_argument_group("method").add_argument
+    add("--recipe", choices=RECIPES, help="whose defaults to take")
     add("--tau", type=not_negative, default=0.001, help="weight of the regulariser, P §4.3; 0 is DDPM")
     add("--gamma", type=not_negative, default=0.25, help="weight of the commitment term, P §3.3")
     add("--label-set", choices=("train", "bal", "sqrt"), default="train",
@@ -510,6 +528,7 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
 
 
 AT_ONCE = {"cuda": 250, "mps": 100, "cpu": 50}  # images of 32 x 32; the network sees twice as many
+EXPORT = 1  # in their seed: pictures to --export are not the samples that are scored
 SAVE_SECONDS = 300  # how often the samples of a long evaluation are put on disk
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
@@ -523,6 +542,12 @@ def sample_grid(model, classes, args, amp):
     parts = [sample(model, part, args, amp, args.seed + i, "ddim") for i, part in list(enumerate(y))[mine]]
     empty = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
     return datasets.collect(torch.cat([empty, *parts]))
+
+
+def draw_class(model, args, amp, k, start, n):
+    """--export: pictures start to start + n of class k, (n, 3, H, W) uint8."""
+    seed = datasets.seed_from(EXPORT, args.seed, k, start)
+    return sample(model, torch.full((n,), k), args, amp, seed, args.sampler)
 
 
 def sample_all(model, labels, args, amp):
@@ -624,7 +649,8 @@ def main(argv=None):
     device = datasets.pick_device(args.device)
     amp = datasets.use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
-    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)
+    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho,
+                          imbalance=args.imbalance)
     args.training_data = train.fingerprint
     # Where the rate follows a cosine, or the regulariser begins later, the length shapes the whole run.
     fixed_length = args.lr_schedule == "cosine" or args.regularise_after > 0
@@ -730,6 +756,9 @@ def main(argv=None):
                 if signal:
                     datasets.leave(signal, done, args)
 
+    if args.export:
+        draw = functools.partial(draw_class, ema_net, args, amp)
+        datasets.export_by_label(args, ema, train.classes, draw)
     if args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
 

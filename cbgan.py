@@ -16,6 +16,8 @@ hardest for the classes generated least so far.
     python cbgan.py --dataset folder:LSUN --recipe lsun5             # Table 1; your images, cut to rho
     python cbgan.py --dataset folder:INAT --recipe inat2019          # Table 4, labels by 1 / N_k
     python cbgan.py --dataset cifar10 --force-frequency 1000         # Fig. 3: class 0 counts as frequent
+    python cbgan.py --dataset folder:PATH --image-size 64            # your own images, settings that fit
+    python cbgan.py --dataset folder:PATH --image-size 64 --eval-only --export DIR --classes A,B
     python cbgan.py --dataset folder:PILE --classifier C.pt --reg-weight 10    # images without labels (§4.3)
 
 `--classifier runs/.../classifier.pt` is a checkpoint of classifier.py; if omitted, the classifier is
@@ -75,7 +77,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
-from classifier import frozen_classifier, load_classifier, predict
+from classifier import frozen_classifier, load_classifier, outputs, predict
 from datasets import (
     InputError,
     at_least,
@@ -133,6 +135,12 @@ RECIPES = {
         batch_size=32, lr=1e-3, beta1=0.0, beta2=0.99, ema=0.995, ema_start=100, monitor_every=500,
         monitor_images=0, eval_images=10_000, reference="reference", sample_every=500,
         save_every=500),
+    # Ours, for your own images: half the paper's widths. As many epochs as on CIFAR10-LT, 2,060
+    # (100,000 steps of 256 among 12,406 images), but 10,000 to 100,000 steps: 10,000 for 200 images,
+    # 64,400 for 2,000.
+    "folder": CIFAR10LT | dict(
+        width=32, discriminator_width=32, cycle=200, batch_size=64, ema=0.999, ema_start=1_000,
+        monitor_images=0, eval_images=2_000, save_every=250),
 }  # fmt: skip
 # lambda by the imbalance of the data; the entry nearest in log ratio is used: P, Tables 5 and 12.
 # LSUN's are A's, where the weights sum to K; --weighting paper goes with P's 20, 7.5, 5. CHOICE for
@@ -150,7 +158,7 @@ FREE = datasets.FREE | {"annotator", "sample_seed", "weights", "classifier"}
 
 def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the data set."""
-    first = datasets.first_flags(argv, dataset=str, recipe=str)
+    first = datasets.first_flags(argv)
     dataset = first.dataset or "cifar10lt"
     of_name = [name for name in RECIPES if dataset.startswith(name.removesuffix("lt"))]
     by_name = max(of_name, key=len, default="cifar10lt")  # cifar10, cifar10imb: cifar10lt
@@ -160,6 +168,10 @@ def parse_settings(argv=None):
         defaults["rho"] = None
     if dataset.startswith("folder:"):
         defaults["reference"] = "reference"  # a folder may do without a test split
+    if recipe is RECIPES["folder"]:
+        if (first.image_size or 32) > 32:
+            defaults |= dict(architecture="snresgan", beta1=0.0)
+        defaults |= datasets.folder_settings(first, 64, epochs=2_060, low=10_000, high=100_000)
 
     parser = datasets.settings_parser(f"Class Balancing GAN; defaults: those of {dataset}")
     add = parser.add_argument_group("method").add_argument
@@ -226,7 +238,8 @@ def complete_settings(args, train):
         args.reg_weight = 0.0
     if args.reg_weight is None:
         imbalance = (train.counts.max() / train.counts.min()).item()
-        table = LAMBDA[args.recipe]
+        by_classes = "cifar100lt" if len(classes) > 30 else "cifar10lt"  # CHOICE, for "folder"
+        table = LAMBDA.get(args.recipe, LAMBDA[by_classes])
         nearest = min(table, key=lambda rho: abs(math.log(rho / imbalance)))
         args.reg_weight = table[nearest]
     if args.force_frequency and not args.reg_weight:
@@ -503,7 +516,7 @@ class Discriminator(nn.Module):
 # Sampling
 # --------------------------------------------------------------------------------------------------
 AT_ONCE = 500  # samples of 32 x 32 pixels
-GRID, MONITOR, FINAL = range(3)  # three kinds of samples; no two share their noise
+GRID, MONITOR, FINAL, EXPORT = range(4)  # four kinds of samples; no two share their noise
 
 
 def draw_labels(n, N, conditioning, random=None):
@@ -574,6 +587,23 @@ def sample_grid(ema, C, classes, N, args, amp, device):
     return datasets.rows_of(images, predict(C, images, device), classes)
 
 
+def export(ema, C, classes, N, args, amp, device):
+    """--export: by label where classes are G's labels, else by what C takes the samples for."""
+
+    def draw_class(k, start, n):
+        seed = datasets.seed_from(args.sample_seed, k, start)
+        return draw_samples(ema, n, EXPORT, seed, N, args, amp, torch.full((n,), k))
+
+    def draw(i):
+        images = draw_samples(ema, 100, EXPORT, datasets.seed_from(args.sample_seed, i), N, args, amp)
+        return images, outputs(C, images, device).softmax(1)
+
+    if args.conditioning in LABELLED:
+        datasets.export_by_label(args, ema, classes, draw_class)
+    else:
+        datasets.export_by_look(args, ema, classes, draw)
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
@@ -593,7 +623,7 @@ def classifier_in_the_loop(args, train, classes, device):
         C = load_classifier(args.classifier, device, classes, args.image_size)
     else:
         C = frozen_classifier(args.dataset, args.data_dir, args.classifier, "train", args.image_size,
-                              args.rho, device=device)
+                              args.rho, device=device, imbalance=args.imbalance)
         rarest = [C.info["per_class_accuracy"][datasets.head_to_tail(train.counts)[-1]]]
     right = C.info["test_accuracy"]
     shown = ", ".join(f"{name} {x:.1%}" for name, x in right.items() if x is not None)
@@ -627,7 +657,8 @@ def find_annotator(args, C, classes, device):
 
 
 def load_split(args, split):
-    return datasets.load(args.dataset, args.data_dir, split, args.image_size, args.rho)
+    return datasets.load(args.dataset, args.data_dir, split, args.image_size, args.rho,
+                         imbalance=args.imbalance)
 
 
 def other_images(args):
@@ -839,14 +870,18 @@ def main(argv=None):
                 if signal:
                     datasets.leave(signal, done, args)
 
+    use_best = args.weights == "best" and best
+    if use_best:
+        ema.load_state_dict(best["ema"])
+        N = best["N"]
+    if args.export:
+        export(ema, C, classes, N, args, amp, device)
     if args.eval_images:
         import metrics
 
         where = run_dir / f"sample-seed-{args.sample_seed}" if args.sample_seed else run_dir
         protocol = {"step": done, "weights": "last", "sample_seed": args.sample_seed}
-        if args.weights == "best" and best:
-            ema.load_state_dict(best["ema"])
-            N = best["N"]
+        if use_best:
             protocol |= {"step": best["step"], "weights": "best", "chosen_by": best["chosen_by"]}
             print(f"weights of step {best['step']}, chosen by the smallest {best['chosen_by']}")
             if torch.equal(load_split(args, best["split"]).images, load_split(args, args.reference).images):

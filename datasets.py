@@ -12,13 +12,15 @@ Names
     cifar10lt, cifar100lt       exponential tail of Cao et al. 2019 (LDAM, arXiv:1906.07413); --rho sets it
     cifar10imb, cifar100imb     the histograms of Softlabel-GAN (Katsumata et al., WACV 2024)
     cifar10imb-90, -120         cifar10imb with more images: 90 or 120 in its smallest class (their Fig. 5)
-    folder:PATH                 your own images: PATH/train/<class>/* and, if you have them, PATH/test and
-                                PATH/reference with the same classes. Or PATH/<class>/*: training images alone
+    folder:PATH                 your own images: PATH/train/<class>/* or PATH/<class>/* and, if you have them,
+                                PATH/test and PATH/reference with the same classes
 Splits
     train       what a method learns from
     reference   the balanced images that scores compare with: the full training set for CIFAR and cifar*lt (as
                 in CBDM, CVPR 2023), the test set for cifar*imb (as in Softlabel-GAN), a new drawing of shapes
     test        held-out images, balanced
+    A folder's reference is PATH/reference, else PATH/test. Where it has neither, a part of each class is both
+    and held out from training, the same files on each machine: of n images n // 5, at most 100.
 
 CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8,
 labels (N,) int64, classes (K,) str; of a folder also its path and a fingerprint of its files. From then on
@@ -30,6 +32,7 @@ The last section, "For every command line", is what all scripts share and no pap
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -44,6 +47,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +60,8 @@ from tqdm import tqdm
 CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt",
                "cifar10imb", "cifar100imb", "cifar10imb-90", "cifar10imb-120")
 NAMES = ("shapes", "shapeslt", *CIFAR_NAMES, "folder:PATH")
-LONG_TAILED = ("shapeslt", "cifar10lt", "cifar100lt")  # those with a --rho
+LONG_TAILED = ("shapeslt", "cifar10lt", "cifar100lt")  # those with a --rho; a folder may have one
+IMBALANCES = ("exp", "step")  # from head to tail
 SPLITS = ("train", "reference", "test")
 DEFAULT_RHO = 100  # head class / tail class; "imb = 0.01" in Cao et al. 2019 and CBDM, their main setting
 SMALLEST_SIZE, LARGEST_SIZE = 8, 1024  # pixels
@@ -97,8 +102,8 @@ class ImageSet:
     def fingerprint(self):
         """16 hexadecimal digits that tell these images and labels from others."""
         digest = hashlib.sha256()
-        for tensor in (self.images, self.labels):
-            digest.update(np.ascontiguousarray(tensor.numpy()))  # reads the memory where it is: no copy
+        for block in (*self.images.split(32), self.labels):  # in blocks: images may lie as (N, H, W, 3)
+            digest.update(np.ascontiguousarray(block.numpy()))
         return digest.hexdigest()[:16]
 
 
@@ -131,19 +136,21 @@ def atomic_write(path):
 # --------------------------------------------------------------------------------------------------
 # Loading by name
 # --------------------------------------------------------------------------------------------------
-def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
+def load(name, data_dir, split="train", image_size=None, rho=None, seed=0, imbalance="exp"):
     """One split of one data set.
 
     name        one of NAMES
     data_dir    where prepared arrays are read and written (not used for shapes)
-    split       "train", "reference" or "test", see the top of this file. The reference of a folder is
-                PATH/reference if it exists, else PATH/test, else the training images
+    split       "train", "reference" or "test", see the top of this file. A folder with neither of the latter
+                holds out n // 5 of n images a class, at most 100; if that is none, the reference is train
     image_size  height and width in pixels; None: shapes 16, CIFAR 32, folder 32
-    rho         imbalance ratio >= 1: images in the head class / images in the tail class. Only the *lt sets
-                have one; None: 100
+    rho         imbalance ratio >= 1: images in the head class / images in the tail class. None: 100 for the
+                *lt sets, the folder as it is for folder:, which rho thins, best a balanced one: head first in
+                alphabetical order, its smallest class says how many the head keeps. Other sets have none
     seed        which images the training split holds, not how a method trains. cifar*lt: 0 is the subset of
-                Cao et al. 2019; another seed gives another subset with the same counts. shapes: seeds the
-                drawing. Reference and test never depend on it, nor do cifar*imb and folder:
+                Cao et al. 2019; another seed gives another subset with the same counts; folder: with rho
+                likewise. shapes: seeds the drawing. Reference, test and cifar*imb never depend on it
+    imbalance   "exp" or "step", see `long_tailed_counts`
     returns     ImageSet
     raises      InputError
     """
@@ -153,10 +160,13 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
         raise InputError(f"unknown data set {name!r}; {hint}")
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    long_tailed = name in LONG_TAILED
-    if rho is not None and not long_tailed:
-        raise InputError(f"{name} has no imbalance ratio; rho is for shapeslt, cifar10lt and cifar100lt")
-    rho = DEFAULT_RHO if rho is None else rho
+    long_tailed, folder = name in LONG_TAILED, name.startswith("folder:")
+    if rho is not None and not (long_tailed or folder):
+        raise InputError(f"{name} has no imbalance ratio; rho is for {', '.join(LONG_TAILED)} and folders")
+    if imbalance == "step" and rho is None and not long_tailed:
+        raise InputError(f"imbalance step needs rho, an imbalance ratio, and {name} is asked for without one")
+    thinned = long_tailed or rho is not None
+    rho = (DEFAULT_RHO if long_tailed else 1) if rho is None else rho
     if not (rho >= 1 and math.isfinite(rho)):
         raise InputError(f"rho is {rho:g}; images in the head class / images in the tail class are 1 or more")
     if not 0 <= seed < 2**32:
@@ -168,20 +178,21 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
         raise InputError(f"image size is {size}; {name} takes {SMALLEST_SIZE} to {largest} pixels")
 
     if shapes:
-        images, labels = draw_shapes(split, size, rho if long_tailed else 1, seed, narrow_hues=long_tailed)
+        images, labels = draw_shapes(split, size, rho, seed, narrow_hues=long_tailed, imbalance=imbalance)
         return ImageSet(images, labels, list(SHAPES))
-    if name.startswith("folder:"):
-        with first_process_first():
-            return load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
 
     source = "cifar100" if name.startswith("cifar100") else "cifar10"
-    imbalanced = "imb" in name
+    imbalanced = "imb" in name and not folder
     stored = split if split != "reference" else ("test" if imbalanced else "train")
     with first_process_first():
-        images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
-    if split == "train" and (long_tailed or imbalanced):
-        if long_tailed:
-            counts = long_tailed_counts(len(labels) // len(classes), len(classes), rho)
+        if folder:
+            images, labels, classes = load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
+        else:
+            images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
+    if split == "train" and (thinned or imbalanced):
+        if thinned:
+            n_max = np.bincount(labels).min() if folder else len(labels) // len(classes)
+            counts = long_tailed_counts(n_max, len(classes), rho, imbalance)
             keep = subset(labels, counts, np.random.RandomState(seed))
         else:
             _, _, smallest = name.partition("-")
@@ -191,20 +202,22 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0):
 
 
 def image_set(images, labels, classes):
-    """Prepared arrays (images (N, H, W, 3) uint8) as an ImageSet (N, 3, H, W)."""
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.from_numpy(labels), list(classes))
+    """Prepared arrays (images (N, H, W, 3) uint8) as an ImageSet (N, 3, H, W), a view of the same memory."""
+    return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), list(classes))
 
 
 # --------------------------------------------------------------------------------------------------
 # How many images of each class, and which
 # --------------------------------------------------------------------------------------------------
-def long_tailed_counts(n_max, num_classes, rho):
-    """n_c = floor(n_max * (1/rho)^(c / (K - 1))), c = 0 .. K-1: (K,) int64, from n_max down to n_max / rho.
+def long_tailed_counts(n_max, num_classes, rho, imbalance="exp"):
+    """n_c, c = 0 .. K-1: (K,) int64, from n_max down to n_max / rho. Class 0 is the head.
 
-    Cao et al. 2019, get_img_num_per_cls of LDAM-DRW (`int()`, so rounded down). Class 0 is the head.
+    exp: floor(n_max * (1/rho)^(c / (K - 1))), Cao et al. 2019, get_img_num_per_cls of LDAM-DRW. step: n_max
+    for the first ceil(K / 2) classes, floor(n_max / rho) for the others (Buda et al. 2018; Cao et al. 2019).
     """
-    counts = np.array([int(n_max * (1 / rho) ** (c / (num_classes - 1))) for c in range(num_classes)])
+    c = np.arange(num_classes)
+    power = c / max(num_classes - 1, 1) if imbalance == "exp" else c >= num_classes / 2
+    counts = np.array([int(round(n_max * (1 / rho) ** float(p), 9)) for p in power])
     if counts.min() < 1:
         raise InputError(f"rho {rho:g} leaves the last class without an image; the head class has {n_max}, "
                          f"so that is the largest rho")
@@ -362,7 +375,9 @@ def download_cifar(source, data_dir, split, path):
 # --------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 READERS = 4  # threads, also on fewer cores: some wait for the disk. Each holds one decoded image at a time
-FAULTS_SHOWN = 10  # images that cannot be read: so many are named, the others counted
+FAULTS_SHOWN = 100  # images that cannot be read: so many are named, the others counted
+HELD_OUT_SHARE, MOST_HELD_OUT = 5, 100  # one image in five of each class, at most 100
+nfc = functools.partial(unicodedata.normalize, "NFC")  # an umlaut is one character, as on Linux; on macOS two
 
 
 def folder_root(where):
@@ -381,9 +396,22 @@ def folder_splits(root, data_dir, size):
     if not root.is_dir():
         return [split for split in SPLITS if prepared_path(root, data_dir, split, size).exists()]
     splits = [split for split in SPLITS if (root / split).is_dir()]
-    if not splits and any(images_in(directory) for directory in directories_in(root)):
-        splits = ["train"]  # PATH/<class>/*
+    if splits in ([], ["train"]):  # PATH/<class>/* or PATH/train/<class>/*
+        sizes = [len(images_in(directory)) for directory in directories_in(directory_of(root, "train"))]
+        splits = ["train"] if any(sizes) else splits
+        splits += ["test"] if any(n >= HELD_OUT_SHARE for n in sizes) else []
     return splits
+
+
+def holds_out(root):
+    """Whether the test images of a folder are a part of those in its classes."""
+    return root.is_dir() and not ((root / "reference").is_dir() or (root / "test").is_dir())
+
+
+def held_out(name, files):
+    """The files of a class that are held out, by the SHA-256 of their names: as good as drawn at random."""
+    digests = {hashlib.sha256(nfc(f"{name}/{os.path.basename(f)}").encode()).digest(): f for f in files}
+    return {digests[key] for key in sorted(digests)[: min(len(files) // HELD_OUT_SHARE, MOST_HELD_OUT)]}
 
 
 def prepared_path(root, data_dir, split, size):
@@ -391,10 +419,11 @@ def prepared_path(root, data_dir, split, size):
 
 
 def load_folder(where, data_dir, split, size):
-    """ImageSet of PATH/<split>/<class>/*, or of PATH/<class>/*, which are training images.
+    """images (N, size, size, 3), labels, classes of PATH/<split>/<class>/*; PATH/<class>/* are as PATH/train.
 
-    Classes are in alphabetical order. The arrays are prepared again when the folder has changed since.
-    Where the folder is not on this machine, the arrays that were prepared from it are enough.
+    Without PATH/reference and PATH/test, `held_out` parts train and test. Classes are in alphabetical order.
+    The arrays are prepared again when the folder has changed since. Where the folder is not on this machine,
+    the arrays that were prepared from it are enough.
     """
     root = folder_root(where)
     try:
@@ -413,10 +442,11 @@ def load_folder(where, data_dir, split, size):
 
     path = prepared_path(root, data_dir, split, size)
     if root.is_dir():
-        prepare_folder(root, split, size, path)
+        for each in splits if holds_out(root) else [split]:  # both parts: one alone would pass for the whole
+            prepare_folder(root, each, size, prepared_path(root, data_dir, each, size))
     else:
         check_origin(root, path)
-    return image_set(*read_prepared(path, size))
+    return read_prepared(path, size)
 
 
 def prepare_folder(root, split, size, path):
@@ -433,10 +463,40 @@ def prepare_folder(root, split, size, path):
             return
         changed = directory_of(root, split)
         print(f"{changed} has changed since {path} was prepared; preparing it again", file=sys.stderr)
-    images = read_images(files, size, f"reading {root.name} {split}")
+    # The images go to a part file, not to memory; a preparation that was cut short resumes from it.
+    part, head, image_bytes = path.with_suffix(".part"), fingerprint.encode(), 3 * size**2
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not part.exists() or part.open("rb").read(len(head)) != head:  # of other files
+            part.unlink(missing_ok=True)  # not emptied: another process may be reading it
+            part.write_bytes(head)
+        with open(part, "r+b") as file:
+            done = min((file.seek(0, os.SEEK_END) - len(head)) // image_bytes, len(files))
+            file.seek(len(head) + done * image_bytes)
+            for image in read_images(files, size, f"reading {root.name} {split}", done):
+                file.write(image)
+            file.flush()
+            images = np.memmap(file, np.uint8, "r", len(head), (len(files), size, size, 3))
+    except OSError as error:
+        raise InputError(f"cannot write {part}: {error}") from error
+    except InputError:  # next time the files are others
+        part.unlink()
+        raise
+    warn_of_twins(images, labels, files)
     with atomic_write(path) as file:
         np.savez(file, images=images, labels=labels, classes=classes,
                  fingerprint=fingerprint, folder=str(root))
+    del images  # Windows deletes no file that is in use
+    part.unlink(missing_ok=True)
+
+
+def warn_of_twins(images, labels, files):
+    """A warning where one image is in two classes: images (N, ...), labels (N,), files: N paths."""
+    seen = {}
+    first = [seen.setdefault(hash(image.tobytes()), i) for i, image in enumerate(images)]
+    twins = np.flatnonzero(labels[first] != labels)
+    for i in twins[:1]:
+        warn(f"{files[first[i]]} and {files[i]}: one picture in two classes; {len(twins)} such pairs")
 
 
 def check_origin(root, path):
@@ -455,14 +515,14 @@ def check_origin(root, path):
 
 
 def directory_of(root, split):
-    """Where the classes of a split are: PATH/<split>, or PATH itself where the classes lie in it."""
-    return root / split if (root / split).is_dir() else root
+    """Where the classes of a split are: PATH/<split>, PATH/train, or PATH where the classes lie in it."""
+    return next(path for path in (root / split, root / "train", root) if path.is_dir())
 
 
 def visible(where):
     """What is in a directory, in alphabetical order, without hidden files and directories."""
     with os.scandir(where) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: nfc(e.name))
 
 
 def directories_in(where):
@@ -470,15 +530,28 @@ def directories_in(where):
 
 
 def images_in(where):
-    return [Path(e.path) for e in visible(where) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
+    return [e.path for e in visible(where) if e.name.lower().endswith(IMAGE_SUFFIXES)]  # Paths take a second
+
+
+def list_classes(directories):
+    """The images of each class, a list of lists. InputError for a class that is empty or has directories."""
+    nested = [below for directory in directories for below in directories_in(directory)]
+    if nested:
+        raise InputError(f"{nested[0]} is a directory within a class ({len(nested)} in "
+                         f"{directories[0].parent}); only images directly in <class>/ are read: move them "
+                         f"there, or remove the directory")
+    of_classes = [images_in(directory) for directory in directories]
+    if [] in of_classes:
+        empty, kinds = directories[of_classes.index([])], " ".join(IMAGE_SUFFIXES)
+        raise InputError(f"{empty} has no images ({kinds}); add some, or remove the directory")
+    return of_classes
 
 
 def list_folder(root, split):
     """classes (K,) str, files (N paths, class after class), labels (N,) int64."""
-    where = directory_of(root, split)
-    directories = directories_in(where)
-    classes = [directory.name for directory in directories]
-    classes_of_train = [directory.name for directory in directories_in(directory_of(root, "train"))]
+    directories = directories_in(directory_of(root, split))
+    classes, classes_of_train = ([nfc(directory.name) for directory in found] for found in
+                                 (directories, directories_in(directory_of(root, "train"))))
     if not classes_of_train:
         raise InputError(f"{root / 'train'} has no sub-directories; each class is one, with its images in it")
     for name in sorted(set(classes) ^ set(classes_of_train)):
@@ -486,55 +559,52 @@ def list_folder(root, split):
         raise InputError(f"{root}: class {name!r} is in {has} but not in {lacks}; "
                          f"the splits need the same classes")
 
-    nested = [below for directory in directories for below in directories_in(directory)]
-    if nested:
-        raise InputError(f"{nested[0]} is a directory within a class ({len(nested)} in {where}); only images "
-                         f"directly in <class>/ are read: move them there, or remove the directory")
-    files, labels = [], []
-    for c, directory in enumerate(directories):
-        of_class = images_in(directory)
-        if not of_class:
-            kinds = " ".join(IMAGE_SUFFIXES)
-            raise InputError(f"{directory} has no images ({kinds}); add some, or remove the directory")
-        files += of_class
-        labels += [c] * len(of_class)
-    return np.array(classes), files, np.array(labels, dtype=np.int64)
+    of_classes = list_classes(directories)
+    if holds_out(root):
+        for name, files in zip(classes, of_classes, strict=True):
+            out = held_out(name, files)
+            files[:] = [file for file in files if (file in out) == (split == "test")]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in of_classes])
+    return np.array(classes), [file for files in of_classes for file in files], labels
 
 
 def fingerprint_of(root, files):
     """A hash of paths within the folder, sizes and times of change; it opens no file, so it is quick."""
     digest = hashlib.sha256(b"2\n")  # the version of read_image: what an earlier one read is prepared again
     for file in files:
-        name, status = str(file.relative_to(root)).encode(), file.stat()
+        name, status = file[len(str(root)) + 1 :].encode(), os.stat(file)
         digest.update(name + f"|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def read_images(files, size, what):
-    """(N, size, size, 3) uint8 in the order of `files`. InputError names those that cannot be read.
+def read_images(files, size, what, done=0):
+    """Yields `read_image` of each file, in order, without the first `done`.
 
-    Threads are enough: PIL releases Python's lock while it decodes and resizes.
+    InputError names all that cannot be read, at the end. Threads do: PIL releases Python's lock to decode.
     """
-    images = np.empty((len(files), size, size, 3), np.uint8)  # the threads fill it: there is no second copy
-
-    def read_into(i):
-        """Fills images[i]; returns what is wrong with the file, or None."""
+    def read(file):  # an image, or in a text what is wrong with the file
         try:
-            images[i] = read_image(files[i], size)
+            return read_image(file, size)
         except MemoryError:
             raise
         except Exception as error:  # each of PIL's decoders has its own exceptions
-            return f"{files[i]} ({error})"
+            return f"{file} ({error})"
 
-    with ThreadPoolExecutor(READERS) as pool:
-        faults = tqdm(pool.map(read_into, range(len(files))), what, len(files), unit=" images")
-        faults = [fault for fault in faults if fault]
+    faults = []
+    bar = tqdm(desc=what, total=len(files), initial=done, unit=" images")
+    with bar, ThreadPoolExecutor(READERS) as pool:
+        for start in range(done, len(files), 64):  # 64: decoded images in memory
+            for image in pool.map(read, files[start : start + 64]):
+                bar.update()
+                if isinstance(image, str):
+                    faults.append(image)
+                elif not faults:
+                    yield image
     if faults:
         shown = "; ".join(faults[:FAULTS_SHOWN])
         if len(faults) > FAULTS_SHOWN:
             shown += f"; and {len(faults) - FAULTS_SHOWN} more"
         raise InputError(f"cannot read {len(faults)} of {len(files)} images: {shown}; remove or replace them")
-    return images
 
 
 def read_image(path, size):
@@ -546,13 +616,14 @@ def read_image(path, size):
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster. The rule: take
         # the smallest with both sides at least 2 * size. The pixels differ slightly from those of a full
         # decode: on 20 made-up photos by 0.2 grey levels on average, 2 at most; with 1 * size by 0.7 and 5.
-        image.draft(None, (2 * size, 2 * size))
+        if size:
+            image.draft(None, (2 * size, 2 * size))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = eight_bit_grey(image)
         if image.has_transparency_data:  # CHOICE: white; what lies under a transparent pixel is arbitrary
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return resize(image, size)
+        return resize(image, size) if size else np.asarray(image.convert("RGB"))  # None: as it is
 
 
 def eight_bit_grey(image):
@@ -568,6 +639,43 @@ def eight_bit_grey(image):
         kind = "floats" if image.mode == "F" else "32-bit integers"
         raise ValueError(f"its greys are {kind} from {low:g} to {high:g}; save them as 8 or 16 bits")
     return Image.fromarray(np.rint(greys).astype(np.uint8))
+
+
+def load_images(path, classes=None):
+    """Pictures as they are, such as samples: PATH/<class>/*, or PATH/* without labels.
+
+    classes  names; a class may lack a directory. None: the directories, in alphabetical order
+    returns  images (N, 3, H, W) uint8; labels (N,) int64, or None; names by label, None where nobody knows
+    raises   InputError, also where the sizes differ
+    """
+    where = Path(path)
+    try:
+        directories, files = directories_in(where), images_in(where)
+        of_classes = list_classes(directories)
+    except OSError as error:
+        raise InputError(f"cannot list the images of {path}: {error}") from error
+    if bool(directories) == bool(files):
+        found = f"both {directories[0]}/ and {files[0]}" if files else "no images"
+        raise InputError(f"{path} has {found}; they go into {path}/<class>/, or without labels into {path}")
+    names = [nfc(directory.name) for directory in directories]
+    known = names if classes is None else list(map(nfc, classes))
+    for name in sorted(set(names) - set(known)):
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
+        raise InputError(f"{where / name} is none of the {len(known)} classes, such as {', '.join(near)}")
+    labels = None
+    if directories:
+        files = sum(of_classes, [])
+        labels = np.repeat([known.index(name) for name in names], [len(of_class) for of_class in of_classes])
+        labels = torch.from_numpy(labels).long()
+    images = None
+    for i, image in enumerate(read_images(files, None, f"reading {where.name}")):
+        if images is None:
+            images = np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            one, other = (f"{width} x {height}" for height, width, _ in (images.shape[1:], image.shape))
+            raise InputError(f"{files[0]} has {one} pixels, {files[i]} {other}; all must have one size")
+        images[i] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, known or None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -613,7 +721,7 @@ SHAPES_PER_CLASS = {"train": 1000, "reference": 400, "test": 200}
 
 
 @functools.lru_cache(maxsize=8)  # a script loads the same splits several times
-def draw_shapes(split, size, rho, seed, narrow_hues):
+def draw_shapes(split, size, rho, seed, narrow_hues, imbalance="exp"):
     """Ten classes of one coloured shape on a grey ground: images (N, 3, size, size) uint8, labels (N,) int64.
 
     Every caller gets the same tensors, so nobody may write into them.
@@ -625,7 +733,7 @@ def draw_shapes(split, size, rho, seed, narrow_hues):
     the reference every class has every hue.
     """
     train = split == "train"
-    counts = long_tailed_counts(SHAPES_PER_CLASS[split], len(SHAPES), rho if train else 1)
+    counts = long_tailed_counts(SHAPES_PER_CLASS[split], len(SHAPES), rho if train else 1, imbalance)
     images = []
     for c, (inside, n_c) in enumerate(zip(SHAPES.values(), counts, strict=True)):
         # Each class of each split has its own stream: other counts give more or fewer of the same images.
@@ -726,7 +834,7 @@ class Batches:
             u = torch.rand(self.batch_size, dtype=torch.float64, generator=self.generator)
             index = self.by_class[self.first[c] + (u * self.counts[c]).long()]
         index = to_device(index, self.images.device)
-        x, y = self.images[index], self.labels[index]
+        x, y = self.images[index].contiguous(), self.labels[index]  # (N, H, W, 3) in memory: see image_set
         if self.flip:
             mirrored = torch.rand(self.batch_size, generator=self.generator) < 0.5
             mirrored = to_device(mirrored, x.device)
@@ -789,19 +897,21 @@ def main():
     parser.error = fail
     parser.add_argument("name", metavar="NAME", help=" ".join(NAMES))
     parser.add_argument("--data-dir", default="data", help="of prepared data sets (default: data)")
-    parser.add_argument("--rho", type=float, help=f"imbalance ratio of *lt sets (default: {DEFAULT_RHO})")
+    parser.add_argument("--rho", type=float, help=f"imbalance ratio: *lt sets {DEFAULT_RHO}, folders none")
+    parser.add_argument("--imbalance", choices=IMBALANCES, default="exp", help="with rho (default: exp)")
     parser.add_argument("--image-size", type=int, help="pixels (default: 16 for shapes, else 32)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: <data-dir>/<name>.png)")
     args = parser.parse_args()
-    train = load(args.name, args.data_dir, "train", args.image_size, args.rho)
-    reference = load(args.name, args.data_dir, "reference", args.image_size, args.rho)
+    where = args.name, args.data_dir
+    train, reference = (load(*where, s, args.image_size, args.rho, 0, args.imbalance) for s in SPLITS[:2])
     size, counts = train.images.shape[-1], train.counts
-    splits = SPLITS
+    splits, rule = SPLITS, ""
     if args.name.startswith("folder:"):  # only a folder may lack a test split
-        splits = folder_splits(folder_root(args.name.removeprefix("folder:")), Path(args.data_dir), size)
-    tests = 0
-    if "test" in splits:
-        tests = len(load(args.name, args.data_dir, "test", args.image_size, args.rho).labels)
+        root = folder_root(args.name.removeprefix("folder:"))
+        splits = folder_splits(root, Path(args.data_dir), size)
+        if "test" in splits and holds_out(root):
+            rule = f", held out: of n images a class n // {HELD_OUT_SHARE}, at most {MOST_HELD_OUT}"
+    tests = len(load(*where, "test", args.image_size).labels) if "test" in splits else 0
     out = Path(args.out or Path(args.data_dir) / f"{args.name.replace('/', '_').replace(':', '_')}.png")
     with atomic_write(out) as file:
         picture(train).save(file, format="PNG")
@@ -809,7 +919,7 @@ def main():
     head, tail = counts.max(), counts.min()
     print(f"{len(counts)} classes, {counts.sum():,d} training images of {size} x {size} pixels, "
           f"{head:,d} to {tail:,d} a class: imbalance ratio {head / tail:.4g}")
-    print(f"{len(reference.labels):,d} reference images, {tests:,d} test images")
+    print(f"{len(reference.labels):,d} reference images, {tests:,d} test images{rule}")
     print(f"picture: {out}")
 
 
@@ -883,9 +993,33 @@ def first_flags(argv, **types):
     """The few flags that decide the defaults of the others, read before them: None where not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = fail
+    types |= dict(dataset=str, recipe=str, data_dir=str, image_size=at_least(1), steps=at_least(1))
     for name, kind in types.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     return parser.parse_known_args(argv)[0]
+
+
+def folder_settings(first, batch_size, epochs, low, high):
+    """Defaults by how many images a folder holds, {} if none: a dict of steps, eval_images, sample_every.
+
+    first: `first_flags`. steps: so many epochs, but from low to high. No image is opened, nothing prepared.
+    """
+    try:
+        root = folder_root((first.dataset or "").removeprefix("folder:"))
+        if root.is_dir():
+            counts = [len(images_in(of_class)) for of_class in directories_in(directory_of(root, "train"))]
+            N, K = sum(counts), len(counts)
+        else:
+            path = prepared_path(root, Path(first.data_dir or "data"), "train", first.image_size or 32)
+            with prepared_file(path) as file:  # reads what is asked of it, here not the images
+                N, K = len(file["labels"]), len(file["classes"])
+    except (InputError, OSError):  # loading says what is wrong
+        return {}
+    if not N:
+        return {}
+    steps = min(max(100 * round(N * epochs / batch_size / 100), low), high)
+    of_each = min(max(50, math.ceil(500 / K)), max(1, 5000 // K))  # samples: 500 to 5,000 in all
+    return dict(steps=steps, eval_images=K * of_each, sample_every=max(1, (first.steps or steps) // 20))
 
 
 def settings_parser(description):
@@ -898,7 +1032,8 @@ def settings_parser(description):
 
 # These may differ between two commands on one run directory: they do not define the experiment.
 FREE = {"data_dir", "run_dir", "device", "compile", "code", "steps", "sample_every", "save_every",
-        "eval_images", "eval_only", "features", "reference", "scores"}
+        "eval_images", "eval_only", "features", "reference", "scores",
+        "export", "classes", "per_class", "soft_label"}
 
 
 def read_settings(parser, argv, script, defaults, free=FREE):
@@ -911,7 +1046,8 @@ def read_settings(parser, argv, script, defaults, free=FREE):
     """
     add = parser.add_argument_group("data").add_argument
     add("--dataset", help="a name that datasets.py knows, or folder:PATH")
-    add("--rho", type=not_negative, help="imbalance ratio of a long-tailed set: head class / tail class")
+    add("--rho", type=not_negative, help="imbalance ratio, head class / tail class; it thins a folder")
+    add("--imbalance", choices=IMBALANCES, default="exp", help="exp: from class to class; step: halfway")
     add("--data-dir", default="data", help="where prepared data sets lie")
     add("--image-size", type=at_least(1), help="pixels a side")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; not for text")
@@ -937,10 +1073,20 @@ def read_settings(parser, argv, script, defaults, free=FREE):
         "classifier:PATH; default: a classifier of the shapes for shapes, inception otherwise")
     add("--scores", default="fid,is", help="of the final samples: names that metrics.py knows, or all")
     add("--reference", choices=SPLITS, default="reference", help="split to compare samples with")
+    add = parser.add_argument_group("pictures for a training set of your own").add_argument
+    add("--export", metavar="DIR", help="with --eval-only: write DIR/<class>/00001.png ... and nothing else")
+    add("--classes", nargs="+", metavar="A,B", help="which to export; default: all")
+    add("--per-class", type=at_least(1), default=100, help="how many pictures of each")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
 
-    if args.eval_only and not args.eval_images:
+    if args.export and not args.eval_only:
+        fail("--export is for a run that is trained: add --eval-only")
+    if args.classes and not args.export:
+        fail("--classes says what to export; give --export DIR too")
+    if args.export:
+        args.eval_images = 0
+    elif args.eval_only and not args.eval_images:
         fail("--eval-only with --eval-images 0 leaves nothing to do")
     if args.scores != parser.get_default("scores"):  # the default needs no check, and the module a second
         import metrics
@@ -1140,7 +1286,7 @@ def own_randomness(device, *numbers):
 
 def my_part(n):
     """Which of n pieces of work are this process's, to be put together by `collect`: a slice."""
-    return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+    return slice(n) if ALONE[0] else slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
 
 
 def collect(x):
@@ -1324,7 +1470,7 @@ class Log:
     """
 
     def __init__(self, args, names, device, about_sampling=None):
-        self.device, self.about_sampling = device, about_sampling
+        self.args, self.device, self.about_sampling = args, device, about_sampling
         self.path, self.names = Path(args.run_dir) / "log.jsonl", names
         self.checkpoint = self.path.with_name("checkpoint.pt")
         self.sums, self.added = torch.zeros(len(names), device=device), 0
@@ -1366,6 +1512,8 @@ class Log:
         line = f"{seconds:.3g} s a step: the training takes {duration(left)} from here{memory(self.device)}"
         if self.about_sampling:
             line += self.about_sampling(seconds, left)
+        if self.device.type == "cpu" and left > 86_400 and "steps" in self.args:  # a classifier has none
+            line += f"; on a CPU, try {smaller(self.args, seconds)} first"
         if not RANK:
             self.bar.write(line, file=sys.stdout)
 
@@ -1393,6 +1541,16 @@ class Log:
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
         self.added = state["added"]
+
+
+def smaller(args, seconds):
+    """A command that ends sooner, as text. seconds: what a step takes now."""
+    if not args.dataset.startswith("folder:"):
+        return f"`python {Path(sys.argv[0]).name} --dataset shapeslt`"
+    size = min(args.image_size, 32)
+    seconds *= (size / args.image_size) ** 2  # by area
+    steps = min(max(1, int(8 * 3600 / seconds / 100)) * 100, args.steps)  # a night
+    return f"`--image-size {size} --steps {steps}`, which takes about {duration(steps * seconds)},"
 
 
 def duration(seconds):
@@ -1510,6 +1668,93 @@ def images_at_once(at_32, image_size):
 def to_uint8(x):
     """Images in [-1, 1] as uint8 on the CPU; what lies outside is cut off."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+# Pictures for a training set (--export)
+EXPORT_AT_ONCE = 50  # of 32 x 32 pixels; always whole batches, for their size decides the last bits
+EXPORT_BATCHES = 1_000  # of a generator without labels; what it has not made by then it hardly ever makes
+
+
+def class_number(name, classes, flag):
+    """The place of a name among the classes, or InputError."""
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5) or [*classes][:10]
+        fail(f"{flag}: no class is called {name!r}; there are {', '.join(near)}")
+    return [*classes].index(name)
+
+
+def open_export(args, network, classes):
+    """Makes the directory; returns {name: number} of --classes. InputError where it holds other things."""
+    words = args.classes or classes  # a word is a class, even one with a comma in it, or several
+    names = [name.strip() for word in words for name in ([word] if word in classes else word.split(","))]
+    wanted = {name: class_number(name, classes, "--classes") for name in names}
+    weights = network.state_dict().values()
+    digest = hashlib.sha256(b"".join(w.cpu().contiguous().numpy().tobytes() for w in weights)).hexdigest()
+    source = {name: value for name, value in vars(args).items() if name not in FREE}
+    source |= {"device": next(network.parameters()).device.type, "weights": digest}
+    path, text = Path(args.export) / "export.json", json.dumps(source, indent=2).encode()
+    if not (path.is_file() and path.read_bytes() == text):
+        if path.parent.exists() and visible(path.parent):
+            fail(f"--export {args.export}: there are other things in it than pictures by these weights and "
+                 "settings (those are in its export.json); choose another directory")
+        with atomic_write(path) as file:
+            file.write(text)
+    return wanted
+
+
+def write_picture(path, image):
+    """(3, H, W) uint8 as a PNG, unless it is there."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="png")
+
+
+def export_by_label(args, network, classes, draw):
+    """Writes DIR/<class>/00001.png ..., --per-class of each. What is there is not drawn again.
+
+    network: the averaged one. draw(k, start, n): pictures start to start + n of class k, (n, 3, H, W) uint8.
+    """
+    n = images_at_once(EXPORT_AT_ONCE, args.image_size)
+    with first_process_first():  # the others find nothing left to do
+        for name, k in tqdm(open_export(args, network, classes).items(), "export", unit="class", **SILENT):
+            for start in range(0, args.per_class, n):
+                numbers = range(start + 1, min(start + n, args.per_class) + 1)
+                paths = [Path(args.export, name, f"{i:05d}.png") for i in numbers]
+                if not all(path.exists() for path in paths):
+                    for path, image in zip(paths, draw(k, start, n), strict=False):
+                        write_picture(path, image)
+
+
+def export_by_look(args, network, classes, draw):
+    """The same of a generator without labels: a classifier tells its pictures apart, certainty.csv how well.
+
+    draw(i): batch i of an endless stream, (n, 3, H, W) uint8, and the classifier's probabilities (n, K).
+    """
+    with first_process_first():
+        wanted = open_export(args, network, classes)
+        seen, table, rows = dict.fromkeys(wanted.values(), 0), Path(args.export) / "certainty.csv", {}
+        if RANK:
+            return
+        if table.exists():  # of other classes, or of more pictures
+            rows = {row[0]: row for row in csv.reader(table.read_text("utf-8").splitlines())}
+        rows["file"] = ["file", "class", "probability"]
+        for i in tqdm(range(EXPORT_BATCHES), "export", unit="batch", **SILENT):
+            images, p = draw(i)
+            for image, k, certainty in zip(images, p.argmax(1).tolist(), p.amax(1).tolist(), strict=True):
+                if seen.get(k, args.per_class) < args.per_class:
+                    seen[k] += 1
+                    name = f"{classes[k]}/{seen[k]:05d}.png"
+                    write_picture(Path(args.export, name), image)
+                    rows[name] = [name, classes[k], f"{certainty:.4f}"]
+            if min(seen.values()) == args.per_class:
+                break
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows.values())
+        with atomic_write(table) as file:
+            file.write(text.getvalue().encode())
+        short = [f"{name} ({seen[k]})" for name, k in wanted.items() if seen[k] < args.per_class]
+        if short:
+            warn(f"{EXPORT_BATCHES} batches hold fewer than {args.per_class} pictures of {', '.join(short)}")
 
 
 if __name__ == "__main__":

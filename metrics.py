@@ -29,9 +29,12 @@ A Fréchet distance falls as images are added on either side (by about 1/n): com
 """
 
 import argparse
+import base64
+import contextlib
 import csv
 import functools
 import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -50,7 +53,7 @@ from tqdm import tqdm
 
 import datasets
 from classifier import frozen_classifier, load_classifier
-from datasets import InputError, at_least, atomic_write, fail, pick_device, run_command
+from datasets import InputError, at_least, atomic_write, fail, pick_device, run_command, warn
 
 # --------------------------------------------------------------------------------------------------
 # Features
@@ -221,16 +224,23 @@ def extract_features(images, network, device="cpu", batch_size=100):
 #
 # On two cores with D = 2,048: two sets of 10,000 in 1.9 s (sqrtm: 20.6 s), one class of 50 + 50 in
 # 1.7 ms (13.3 s).
-def frechet_distance(real, fake):
-    """d^2 of two sets of features, (N, D) and (M, D), N and M at least 2; never below 0, 0 for equal sets."""
+def frechet_distance(real, fake, real_moments=None):
+    """d^2 of two sets of features, (N, D) and (M, D), N and M at least 2; never below 0, 0 for equal sets.
+
+    real_moments: `moments` of the real features, if they are known.
+    """
     real, fake = (x.cpu().numpy() for x in as_pair(real, fake))
     few, many = sorted((real, fake), key=len)
     D = real.shape[1]
+
+    def moments_of(x):
+        return real_moments if real_moments and x is real else moments(x)
+
     if len(few) > D:
-        return frechet_distance_from_moments(*moments(real), *moments(fake))
+        return frechet_distance_from_moments(*moments_of(real), *moments(fake))
     mu1, A = centred(few)
     if len(many) > D:
-        mu2, S2 = moments(many)
+        mu2, S2 = moments_of(many)
         trace2, cross = np.trace(S2), sum_of_roots(np.linalg.eigvalsh(A @ S2 @ A.T))
     else:
         mu2, B = centred(many)
@@ -607,6 +617,29 @@ def lpips_features(images, network):
 
 
 @torch.no_grad()
+def lpips_sums(images, network, device="cpu", batch_size=100):
+    """Of each group of images, see `kept`: their number, sum and sum of squares of each layer's entries."""
+    sums_on = network.weights[0].device
+    groups = []
+    for g in range(min(len(images), GROUPS)):
+        n, total, squares = 0, [0.0] * 5, [0.0] * 5
+        for batch in torch.as_tensor(images[g::GROUPS]).split(batch_size):
+            features = [f.to(sums_on).double() for f in lpips_features(batch.to(device), network)]
+            n += len(batch)
+            total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
+            squares = [s + (f * f).sum(0) for s, f in zip(squares, features, strict=True)]
+        groups.append((n, total, squares))
+    return groups
+
+
+def lpips_of(groups, network):
+    """Mean LPIPS over all pairs of the images whose sums these are."""
+    n = sum(group[0] for group in groups)
+    total, squares = (map(sum, zip(*(group[i] for group in groups), strict=True)) for i in (1, 2))
+    variances = [(s - t * t / n) / (n - 1) for s, t in zip(squares, total, strict=True)]
+    return 2 * sum((w * v).sum(0).mean().item() for w, v in zip(network.weights, variances, strict=True))
+
+
 def lpips_diversity(images, network=None, device="cpu", batch_size=100):
     """Mean LPIPS over all pairs of images (N, 3, H, W) uint8, N >= 2, H and W >= 31; 0: all are the same.
 
@@ -615,15 +648,8 @@ def lpips_diversity(images, network=None, device="cpu", batch_size=100):
     if len(images) < 2 or min(images.shape[2:]) < LPIPS_SMALLEST:
         found = tuple(images.shape)
         raise InputError(f"LPIPS needs two images of {LPIPS_SMALLEST} pixels a side, not {found}")
-    network, n = network or load_lpips(device), len(images)
-    total = squares = [0.0] * 5
-    for batch in torch.as_tensor(images).split(batch_size):
-        features = lpips_features(batch.to(device), network)
-        features = [f.to(network.weights[0].device).double() for f in features]
-        total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
-        squares = [s + (f * f).sum(0) for s, f in zip(squares, features, strict=True)]
-    variances = [(s - t * t / n) / (n - 1) for s, t in zip(squares, total, strict=True)]
-    return 2 * sum((w * v).sum(0).mean().item() for w, v in zip(network.weights, variances, strict=True))
+    network = network or load_lpips(device)
+    return lpips_of(lpips_sums(images, network, device, batch_size), network)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -681,12 +707,16 @@ def effective_hues(images):
 # --------------------------------------------------------------------------------------------------
 # Samples
 # --------------------------------------------------------------------------------------------------
-def load_samples(path, label_names=("labels",)):
-    """images (N, 3, H, W) uint8 and labels (N,) int64 of a samples file; labels None if it has none.
+def load_samples(path, label_names=("labels",), classes=None):
+    """images (N, 3, H, W) uint8 and labels (N,) int64 of samples; labels None if they have none.
 
-    label_names: the first of these arrays that the file has holds the labels. Raises InputError, naming the
-    file and what was found.
+    path          a samples file; or a directory of pictures of one size, PATH/<class>/*.png or PATH/*.png
+    label_names   the first of these arrays that the file has holds the labels
+    classes       names; the labels of a directory are places in it, or alphabetical
+    raises        InputError, naming the file and what was found
     """
+    if Path(path).is_dir():
+        return datasets.load_images(path, classes)[:2]
     try:
         with np.load(path, allow_pickle=False) as file:
             if "images" not in file:  # the convention of guided-diffusion
@@ -739,10 +769,18 @@ def equal_numbers(samples):
 # --------------------------------------------------------------------------------------------------
 # Reference
 # --------------------------------------------------------------------------------------------------
-def reference_key(dataset, split, rho):
+def name_of(dataset):
+    """Of a data set; of an ImageSet, "other images"."""
+    return dataset if isinstance(dataset, str) else "other images"
+
+
+def reference_key(dataset, split, rho, imbalance="exp"):
     """Begins the name of a file of features. Of a long-tailed set only the training split is its own."""
+    if not isinstance(dataset, str):
+        return f"images-{dataset.fingerprint}"
     own = split == "train" and rho
-    name = f"{dataset}-{split}-rho{rho:g}" if own else f"{dataset.removesuffix('lt')}-{split}"
+    step = "-step" * (imbalance == "step")
+    name = f"{dataset}-{split}-rho{rho:g}{step}" if own else f"{dataset.removesuffix('lt')}-{split}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", name)  # the name of a folder may hold anything
 
 
@@ -825,14 +863,27 @@ def reference_radii(features, parts, path):
                   lambda: {name: within(part) for name, part in parts.items()})  # fmt: skip
 
 
-def load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size=100):
-    """The FeatureNetwork that `features` names, and the features (N, D) of an ImageSet; see `evaluate`."""
-    classes, size = real.classes, real.images.shape[-1]
-    if features is None and dataset.startswith("shapes"):
+def load_reference(real, dataset, data_dir, features, reference, rho, device, batch_size=100,
+                   imbalance="exp"):  # fmt: skip
+    """The FeatureNetwork that `features` names, and the features (N, D) of an ImageSet; see `evaluate`.
+
+    features None: for the shapes data their annotator, which is trained now (seconds) if need be; else
+    inception; for a folder, where Inception's weights can't be had, a classifier of its classes.
+    """
+    classes, size, network = real.classes, real.images.shape[-1], None
+    folder, shapes = (name_of(dataset).startswith(kind) for kind in ("folder:", "shapes"))
+    if features is None and not shapes:
+        try:
+            network = load_feature_network("inception", device, classes, size)
+        except InputError as error:
+            if not folder:
+                raise
+            warn(f"{error}. A classifier of the folder's classes compares the images instead: FD, not FID")
+    if features is None and network is None:
         annotator = frozen_classifier(dataset, data_dir, split="reference", image_size=size, device=device)
         features = f"classifier:{annotator.info['path']}"
-    network = load_feature_network(features or "inception", device, classes, size)
-    key = reference_key(dataset, reference, rho)
+    network = network or load_feature_network(features, device, classes, size)
+    key = reference_key(dataset, reference, rho, imbalance)
     return network, reference_features(real, key, network, data_dir, device, batch_size)
 
 
@@ -847,13 +898,17 @@ SCORES = {
     "pr": ("precision", "recall"),
     "dc": ("density", "coverage"),
     "prd": ("f8", "f1_8"),
+    "copies": ("copies",),
+    "colours": ("odd_colours",),
     "is": (),
     "lpips": ("lpips",),
 }
 DEFAULT_SCORES = "fid,is"  # seconds; the others compare all pairs of images, or cluster them
+LOWER_IS_BETTER = ("fd", "kid", "copies", "odd_colours")
 NEIGHBOURS = 5  # k of precision, recall, density, coverage: CBDM, Softlabel-GAN
 CLUSTERS = 20  # a class, of F_8: CBDM
 HUES = {"effective_hues": "hues", "reference_hues": "real hues"}  # of the shapes; the second is the heading
+SHOWN = 6  # samples of each class that are nearest to a training image, for the picture
 
 
 def chosen_scores(scores):
@@ -866,14 +921,14 @@ def chosen_scores(scores):
     return names
 
 
-def compare(real, fake, names, clusters, real_radii=None):
+def compare(real, fake, names, clusters, real_radii=None, real_moments=None):
     """{name in metrics.json: score} of two sets of features, without scores that need more images.
 
-    names: of SCORES. clusters: of F_8. real_radii: `neighbour_radii` of the real images, if known.
+    names: of SCORES. clusters: of F_8. real_radii, real_moments: of the real images, if known.
     """
     few, found = min(len(real), len(fake)), {}
     if "fid" in names and few >= 2:
-        found["fd"] = frechet_distance(real, fake)
+        found["fd"] = frechet_distance(real, fake, real_moments)
     if "kid" in names and few >= 2:
         found["kid"] = kernel_inception_distance(real, fake)
     if {"pr", "dc"} & set(names) and few > NEIGHBOURS:
@@ -885,24 +940,121 @@ def compare(real, fake, names, clusters, real_radii=None):
     return found
 
 
+# Error bars: how much would a score change with other samples of the same model? (Not: of another training.)
+# The delete-a-group jackknife (Shao & Tu 1995, section 2.3): the score of all samples but every 20th, 20
+# times, each time without others;
+#
+#     error^2 = (g - 1) / g * sum_i (score_i - mean of these)^2,     g = 20
+#
+# The bootstrap would draw images twice, which a nearest neighbour takes for a copy. Of 100 sets of samples
+# the expected score lies within two errors in 94 (FD, density), 97 (KID) and 98 (recall, coverage: their
+# errors come out too large, up to 1.7 times); tests/test_metrics.py counts. The samples of two classes are
+# independent, so the error of a mean over classes follows from theirs.
+GROUPS = 20
+
+
+def kept(n, left_out):
+    """Which of n samples count where one group, 0 .. g - 1, is left out, or none (None): (M,) indices."""
+    rows = np.arange(n)
+    return rows if left_out is None else rows[rows % min(n, GROUPS) != left_out]
+
+
+def with_errors(score, n):
+    """score(None) of n samples, {name: number}, and <name>_error, the standard error of each, or None.
+
+    score(i): the scores without the samples of group i, see `kept`.
+    """
+    found, g = score(None), min(n, GROUPS)
+    left = [score(i) for i in range(g)] if g > 1 else []
+    errors = {}
+    for name in found:
+        x = np.array([scores.get(name, math.nan) for scores in left])
+        error = math.sqrt((g - 1) / g * ((x - x.mean()) ** 2).sum()) if left else math.nan
+        errors[f"{name}_error"] = None if math.isnan(error) else error
+    return found | errors
+
+
+def mean_with_error(rows, field):
+    """Mean, deviation, and the error of the mean, of a field of several classes' rows; how many have it."""
+    rows = [row for row in rows if row[field] is not None]
+    if not rows:
+        return None, None, None, None
+    errors = [row.get(f"{field}_error") for row in rows]
+    error = None if None in errors else math.hypot(*errors) / len(rows)
+    values = [row[field] for row in rows]
+    return float(np.mean(values)), float(np.std(values)), error, len(rows)
+
+
+OFTEN_NEARER = 0.05  # the share of real images that count as copies too
+ENOUGH_APART = 20  # held-out images of a class, to say how near its images lie to the training images
+
+
+def copies(fake, labels, train, apart, apart_labels, num_classes):
+    """Which samples are nearer to a training image than all but 5 % of real held-out images are: (N,) bool.
+
+    fake, train, apart: features of samples, training images and held-out images; labels (N,), or None;
+    apart_labels. Near: of each class's own held-out images if they are 20 or more, else of all. After Meehan
+    et al. 2020, who compare the same two distributions of distances.
+    returns     also the nearest training image of each sample (N,) and its distance (N,)
+    """
+    index, distance = nearest(fake, train)
+    _, usual = nearest(apart, train)
+    near = torch.quantile(usual, OFTEN_NEARER).repeat(num_classes)
+    for k in range(num_classes):
+        own = usual[torch.from_numpy(apart_labels == k)]
+        if len(own) >= ENOUGH_APART and labels is not None:
+            near[k] = torch.quantile(own, OFTEN_NEARER)
+    copied = distance <= (near[0] if labels is None else near[torch.as_tensor(labels)])
+    return copied.numpy(), index.numpy(), distance.numpy()
+
+
+def odd_colours(images):
+    """Which pictures of a class (N, 3, H, W) uint8 have colours unlike the others': (N,) bool.
+
+    Softlabel-GAN, §4.4 and Fig. 7: a histogram of colours of each; its mean correlation with the others'; odd
+    is what lies below the lower quartile by more than 1.5 times the range between the quartiles. CHOICE: 8 x
+    8 x 8 colours, Pearson's correlation, the quartiles of the class; the paper says none of these.
+    """
+    red, green, blue = (images.long() // 32).flatten(2).unbind(1)
+    bins = 64 * red + 8 * green + blue
+    histograms = torch.zeros(len(images), 512, dtype=torch.double).scatter_add_(
+        1, bins, torch.ones(bins.shape, dtype=torch.double))
+    alike = torch.corrcoef(histograms)
+    mean = (alike.sum(1) - 1) / (len(images) - 1)
+    low, high = torch.quantile(mean, torch.tensor([0.25, 0.75], dtype=torch.double))
+    return (mean < low - 1.5 * (high - low)).numpy()
+
+
+def other_split(load, known, splits):
+    """The first of these splits that can be loaded and is none of the ImageSets known: (name, ImageSet)."""
+    for split in splits:
+        with contextlib.suppress(InputError):  # a folder without this split
+            found = load(split)
+            if not any(found.fingerprint == x.fingerprint for x in known):
+                return split, found
+    return None, None
+
+
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None,
-             image_size=None, device="cpu", batch_size=100, seen=None, scores=DEFAULT_SCORES):
+             image_size=None, device="cpu", batch_size=100, seen=None, scores=DEFAULT_SCORES, errors=True,
+             imbalance="exp"):
     """Scores of images (N, 3, H, W) uint8 with the classes (N,) that they were made for.
 
     labels      tensor; None for a generator without classes: the scores that need none
-    features    a name for `load_feature_network`; None: "inception", but for the shapes data their annotator,
-                which is trained now (seconds) if it is not there
-    reference   the split to compare with; rho and image_size as in datasets.load
+    dataset     a name for datasets.load; or an ImageSet to compare with, which has no training images
+    features    a name for `load_feature_network`; None: see `load_reference`
+    reference   the split to compare with; rho, image_size and imbalance as in datasets.load
     seen        (N,) the class that an annotator sees in each sample; None: what the features' own classifier
                 sees, if they are a classifier's
     scores      names of SCORES, a list or a text with commas between. "all": those that can be had (LPIPS
                 needs weights); protocol["left_out"] says why one is missing
+    errors      whether to compute standard errors, for which each score is computed 20 times more
     returns     {"protocol", "all", "head", "middle", "tail", "per_class"} of plain numbers, ready for JSON;
                 with several processes None in all but the first.
                 Head, middle and tail are thirds of the classes by the number of *training* images. None: not
                 to be had (a class with too few samples, no labels, no classifier).
         fd                   Fréchet distance, d^2; protocol["metric"] says what to call it
-        kid, precision, recall, density, coverage, f8, f1_8, lpips
+        kid, precision, recall, density, coverage, f8, f1_8, copies, odd_colours (a count), lpips
                              if asked for; of all and of each class, for the thirds only as intra_...
         intra_fd, _std       mean and deviation over classes of d^2 within a class; likewise for the others
         intra_fd_classes     over how many: those with enough images on both sides (2; 6 for neighbours; 20
@@ -912,35 +1064,64 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         effective_hues       mean over classes (shapes); reference_hues: of as many real images
         inception_score, _std, kl_to_uniform (of the classes seen)
                              for "all" alone
+        ..._error            the standard error of any of these, see `with_errors`
+        ..._floor            what real images score that are not the reference, as many of each class as
+                             there are samples, or all there are; floor_images: how many
+        nearest              of a class, with the score copies: the samples that are nearest to a training
+                             image, [sample, training image, distance]
     raises      InputError
     """
-    if rho is None and dataset in datasets.LONG_TAILED:
-        rho = datasets.DEFAULT_RHO
-    real = datasets.load(dataset, data_dir, reference, image_size, rho)
-    train_counts = datasets.load(dataset, data_dir, "train", image_size, rho).counts
+    if isinstance(dataset, datasets.ImageSet):
+        load = None
+        real = train = dataset
+        name = "other images"
+    else:
+        if rho is None and dataset in datasets.LONG_TAILED:
+            rho = datasets.DEFAULT_RHO
+        load = functools.partial(datasets.load, dataset, data_dir, image_size=image_size, rho=rho,
+                                 imbalance=imbalance)
+        real, train, name = load(reference), load("train"), dataset
     K, size = len(real.classes), real.images.shape[-1]
     if images.shape[1:] != real.images.shape[1:]:
-        raise InputError(f"samples are {images.shape[-2]} x {images.shape[-1]} pixels and {dataset} "
+        raise InputError(f"samples are {images.shape[-2]} x {images.shape[-1]} pixels and {name} "
                          f"{size} x {size}; --image-size sets the latter")
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         found = f"{labels.min()} to {labels.max()}"
-        raise InputError(f"labels go from {found}; {dataset} has the classes 0 to {K - 1}")
+        raise InputError(f"labels go from {found}; {name} has the classes 0 to {K - 1}")
     wanted, left_out = chosen_scores(scores), []
+
+    def leave_out(score, why):
+        if score in scores:  # asked for by name
+            raise InputError(why)
+        left_out.append(why)
+        wanted.remove(score)
+
     lpips = None
     if "lpips" in wanted:
         try:
             if size < LPIPS_SMALLEST:
-                raise InputError(f"LPIPS needs images of {LPIPS_SMALLEST} pixels; {dataset} has {size}")
+                raise InputError(f"LPIPS needs images of {LPIPS_SMALLEST} pixels; {name} has {size}")
             lpips = load_lpips(device)
         except InputError as error:
-            if "lpips" in scores:  # asked for by name
-                raise
-            left_out.append(str(error))
-            wanted.remove("lpips")
+            leave_out("lpips", str(error))
+    apart_split, apart = other_split(load, [train], ("test", "reference")) if load else (None, None)
+    if "copies" in wanted and not apart:
+        leave_out("copies", f"copies needs training images and others, held out; {name} has not both")
 
+    # Features: of the samples, of the reference, of other real images (the floor), of the training images.
     network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device,
-                                            batch_size)  # fmt: skip
+                                            batch_size, imbalance)  # fmt: skip
+
+    def features_of(split, found):
+        return load_reference(found, dataset, data_dir, network.name, split, rho, device, batch_size,
+                              imbalance)[1]  # fmt: skip
+
     fake_features, probabilities = extract_features(images, network, device, batch_size)
+    floor_split, floor = other_split(load, [real], ("test", "reference", "train")) if load else (None, None)
+    if floor:
+        floor_features = features_of(floor_split, floor)
+    if "copies" in wanted:
+        apart_features, train_features = features_of(apart_split, apart), features_of("train", train)
     if datasets.RANK:
         return None
     if seen is not None:
@@ -950,12 +1131,23 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     pairs_on = device if torch.device(device).type == "cuda" else "cpu"  # MPS has no float64
     real_features = torch.from_numpy(real_features).to(pairs_on)
     fake_features = torch.from_numpy(fake_features).to(pairs_on)
+    y = None if labels is None else labels.numpy()
     radii = {}
     if {"pr", "dc"} & set(wanted):
         parts = {"all": np.zeros(len(real.labels), int), "class": real.labels.numpy()}
-        path = reference_file(real, reference_key(dataset, reference, rho), network, data_dir)
+        path = reference_file(real, reference_key(dataset, reference, rho, imbalance), network, data_dir)
         radii = reference_radii(real_features, parts, path)
+    if "copies" in wanted:
+        copied, nearest_train, distance = copies(fake_features, y, train_features, apart_features,
+                                                 apart.labels.numpy(), K)  # fmt: skip
+    # Of the floor's images as many of each class as there are samples, if there are so many.
+    floor_rows = np.array([], int)
+    if floor:
+        wished = [(y == k).sum() if y is not None else len(images) // K for k in range(K)]
+        floor_rows = np.concatenate([np.flatnonzero(floor.labels == k)[:n] for k, n in enumerate(wished)])
     fields = ["fd", *(field for name in wanted for field in SCORES[name] if field != "fd")]
+    # Samples often lie class after class; consecutive splits for IS would each have few classes.
+    shuffled = np.random.default_rng(0).permutation(len(images))
 
     def score(classes, names, radii=None):
         """The samples made for these classes, against the real images of them; radii (N,) of the latter."""
@@ -964,56 +1156,81 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             row["seen_share"] = float(np.isin(seen, classes).mean())
         if (labels is None and len(classes) < K) or not len(classes):  # no labels; the tail of two classes
             return row
-        mine = np.ones(len(images), bool) if labels is None else np.isin(labels, classes)
+        mine = np.arange(len(images)) if labels is None else np.flatnonzero(np.isin(y, classes))
         theirs = np.isin(real.labels, classes)
-        row["samples"] = int(mine.sum())
-        if seen is not None and labels is not None and mine.any():
-            row["recognised"] = float((seen == labels.numpy())[mine].mean())
         # All rows are not copied: 50,000 x 2,048 are 400 MB.
-        a, b = (x if rows.all() else x[torch.from_numpy(rows)]
-                for x, rows in ((real_features, theirs), (fake_features, mine)))  # fmt: skip
-        row |= compare(a, b, names, CLUSTERS * len(classes), None if radii is None else radii[theirs])
-        if "lpips" in names and mine.sum() >= 2:
-            row["lpips"] = lpips_diversity(images[torch.from_numpy(mine)], lpips, device, batch_size)
+        a = real_features if theirs.all() else real_features[torch.from_numpy(theirs)]
+        known = None if radii is None else radii[theirs]
+        clusters = CLUSTERS * len(classes)
+        moments_of_a = moments(a.cpu().numpy()) if "fid" in names and len(a) > a.shape[1] else None
+        sums = lpips_sums(images[mine], lpips, device, batch_size) if "lpips" in names and len(mine) else []
+
+        def of(left_out):
+            rows = mine[kept(len(mine), left_out)]
+            b = fake_features if len(rows) == len(images) else fake_features[torch.from_numpy(rows)]
+            found = compare(a, b, names, clusters, known, moments_of_a)
+            if seen is not None and labels is not None and len(rows):
+                found["recognised"] = float((seen == y)[rows].mean())
+            if "copies" in names and len(rows):
+                found["copies"] = float(copied[rows].mean())
+            if "colours" in names and len(classes) == 1 and len(rows) > 2:
+                found["odd_colours"] = int(odd_colours(images[rows]).sum())
+            if "lpips" in names and len(rows) >= 2:
+                found["lpips"] = lpips_of(sums[:left_out] + sums[left_out + 1 :] if left_out is not None
+                                          else sums, lpips)  # fmt: skip
+            if len(classes) == K and "is" in wanted:
+                order = shuffled if left_out is None else shuffled[np.isin(shuffled, rows)]
+                mean, deviation = inception_score(probabilities[order], min(10, len(rows)))
+                found |= {"inception_score": mean, "inception_score_std": deviation}
+            if len(classes) == K and seen is not None:
+                found["kl_to_uniform"] = kl_to_uniform(seen[rows], K)
+            return found
+
+        row["samples"] = len(mine)
+        row |= with_errors(of, len(mine)) if errors else of(None)
+        rows = floor_rows[np.isin(floor.labels[floor_rows], classes)] if floor else []
+        if len(rows):
+            found = compare(a, torch.from_numpy(floor_features[rows]).to(pairs_on), names, clusters, known,
+                            moments_of_a)  # fmt: skip
+            row |= {f"{field}_floor": x for field, x in found.items()} | {"floor_images": len(rows)}
+        if "copies" in names:
+            row["copies_floor"] = OFTEN_NEARER
         return row
 
-    thirds, per_class = datasets.thirds(train_counts), []
+    thirds, per_class = datasets.thirds(train.counts), []
     result = {"all": score(range(K), wanted, radii.get("all"))}
     result |= {name: score(classes, [n for n in wanted if n == "fid"]) for name, classes in thirds.items()}
     for k, name in enumerate(tqdm(real.classes, "classes", leave=False, dynamic_ncols=True)):
-        row = {"class": k, "name": name, "train_images": int(train_counts[k])}
+        row = {"class": k, "name": name, "train_images": int(train.counts[k])}
         row |= score([k], wanted, radii.get("class"))
         row["seen"] = None if seen is None else int((seen == k).sum())
-        if dataset.startswith("shapes") and row["samples"]:
+        if load and dataset.startswith("shapes") and row["samples"]:
             row["effective_hues"] = effective_hues(images[labels == k])
             row["reference_hues"] = effective_hues(real.images[real.labels == k][: row["samples"]])
+        if "copies" in wanted and row["samples"]:
+            mine = np.flatnonzero(y == k)
+            first = mine[np.argsort(distance[mine], kind="stable")[:SHOWN]]
+            row["nearest"] = [[int(i), int(nearest_train[i]), float(distance[i])] for i in first]
         per_class.append(row)
     for group, classes in {"all": range(K), **thirds}.items():
         rows = [per_class[k] for k in classes]
         for field in fields:
-            found = [row[field] for row in rows if row[field] is not None]
-            result[group][f"intra_{field}"], result[group][f"intra_{field}_std"] = mean_and_std(found)
-            result[group][f"intra_{field}_classes"] = len(found) or None
+            keys = f"intra_{field}", f"intra_{field}_std", f"intra_{field}_error", f"intra_{field}_classes"
+            result[group] |= zip(keys, mean_with_error(rows, field), strict=True)
+            floors = [row[f"{field}_floor"] for row in rows if row.get(f"{field}_floor") is not None]
+            result[group][f"intra_{field}_floor"] = float(np.mean(floors)) if floors else None
+        if "colours" in wanted:
+            found = [row["odd_colours"] for row in rows if row["odd_colours"] is not None]
+            result[group]["odd_colours"] = sum(found) if found else None
         for name in HUES:
-            result[group][name], _ = mean_and_std([row[name] for row in rows if row[name] is not None])
-
-    whole = result["all"]
-    if "is" in wanted:
-        # Samples often lie class after class; consecutive splits of those would each have few classes.
-        shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
-        mean, deviation = inception_score(shuffled, min(10, len(images)))
-        whole["inception_score"], whole["inception_score_std"] = mean, deviation
-    whole["kl_to_uniform"] = None if seen is None else kl_to_uniform(seen, K)
+            result[group][name] = mean_with_error(rows, name)[0]
+    result["all"].setdefault("kl_to_uniform", None)
     accuracy = network.info and network.info["test_accuracy"]["all"]
-    protocol = {"dataset": dataset, "image_size": size, "rho": rho, "features": network.name,
+    protocol = {"dataset": name_of(dataset), "image_size": size, "rho": rho, "features": network.name,
                 "metric": network.metric, "reference": reference, "reference_images": len(real.labels),
-                "samples": len(images), "scores": wanted, "labels": labels is not None,
+                "samples": len(images), "scores": wanted, "labels": labels is not None, "floor": floor_split,
                 "classifier_accuracy": accuracy} | ({"left_out": left_out} if left_out else {})  # fmt: skip
     return {"protocol": protocol, **result, "per_class": per_class}
-
-
-def mean_and_std(values):
-    return (float(np.mean(values)), float(np.std(values))) if values else (None, None)
 
 
 def score_run(where, images, labels, args, device, seen=None, protocol=None, totals=None, per_class=None):
@@ -1028,7 +1245,8 @@ def score_run(where, images, labels, args, device, seen=None, protocol=None, tot
     """
     try:
         result = evaluate(images, labels, args.dataset, args.data_dir, args.features, args.reference,
-                          args.rho, args.image_size, device, seen=seen, scores=args.scores)  # fmt: skip
+                          args.rho, args.image_size, device, seen=seen, scores=args.scores,
+                          imbalance=args.imbalance)  # fmt: skip
     except InputError as error:
         print(f"{where}/samples.npz is written but not scored: {error}. "
               "The same command then resumes from here.", flush=True)
@@ -1052,7 +1270,7 @@ def score_headings(metric):
     """{name of a score: what it is printed as}. metric: what a Fréchet distance is called; KD follows FD."""
     same = {name: name for name in ("precision", "recall", "density", "coverage")}
     return {"fd": metric, "kid": f"K{metric.removeprefix('F')}", **same, "f8": "F_8", "f1_8": "F_1/8",
-            "lpips": "LPIPS"}  # fmt: skip
+            "copies": "copies", "odd_colours": "odd colours", "lpips": "LPIPS"}  # fmt: skip
 
 
 def format_table(result, per_class=False):
@@ -1072,24 +1290,63 @@ def format_table(result, per_class=False):
                 "inception_score": inception, "kl_to_uniform": "KL to uniform"}  # fmt: skip
     rows, notes = {}, []
     for key, heading in headings.items():
-        rows[heading] = {group: result[group].get(key) for group in groups}
+        for k, h in ((key, heading), (f"intra_{key}", f"intra-{heading}")):
+            rows[h] = {group: with_error(result[group], k) for group in groups}
+            rows[f"  floor, {h}"] = {group: result[group].get(f"{k}_floor") for group in groups}
+        rows[f"  deviation, {h}"] = {group: result[group].get(f"intra_{key}_std") for group in groups}
         n = result["all"].get(f"intra_{key}_classes")
-        if n is not None:
-            rows[f"intra-{heading}"] = {group: intra_text(result[group], key) for group in groups}
-            if n < K:
-                notes.append(f"{heading} within classes: {n} of {K} classes; the others have too few images")
+        if n is not None and n < K:
+            notes.append(f"{heading} within classes: {n} of {K} classes; the others have too few images")
     rows = {heading: row for heading, row in rows.items() if any(x is not None for x in row.values())}
-    lines += [*text_table(rows, {group: group for group in groups}), *notes]
+    if any("floor" in heading for heading in rows) and p["floor"]:
+        n = result["all"].get("floor_images")
+        notes.append(f"floor: what {n} real images score ({p['floor']} split)" if n else "")
+    if any("+-" in str(x) for row in rows.values() for x in row.values()):
+        notes.append("+-: standard error by the choice of samples; another training differs by more")
+    lines += [*text_table(rows, {group: group for group in groups}), *filter(None, notes)]
     if per_class:
         columns = {"train_images": "train images", "samples": "samples", **scores, "recognised": "recognised",
                    "seen": "seen", **HUES}  # fmt: skip
-        lines += ["", *text_table({row["name"]: row for row in result["per_class"]}, columns)]
+        table = {row["name"]: {key: with_error(row, key) for key in columns} for row in result["per_class"]}
+        lines += ["", *text_table(table, columns)]
     return "\n".join(lines)
 
 
-def intra_text(row, key):
-    mean, deviation = row[f"intra_{key}"], row[f"intra_{key}_std"]
-    return None if mean is None else f"{mean:.4g} +- {deviation:.2g}"
+def with_error(row, key):
+    """A score as text with its error, if it has one: "12.3 +- 0.4"."""
+    value, error = row.get(key), row.get(f"{key}_error")
+    return value if value is None or error is None else f"{value:.4g} +- {error:.2g}"
+
+
+def compare_runs(results, field):
+    """Lines of text: how runs {name: dict of `evaluate`} differ from the first in a score, class by class.
+
+    A difference has the errors of both; that of a mean over classes follows from those of the classes. The
+    difference between two trainings of one method is larger: compare several seeds.
+    """
+    (first, base), *others = results.items()
+    better = -1 if field in LOWER_IS_BETTER else 1
+    thirds = datasets.thirds([row["train_images"] for row in base["per_class"]])
+    lines = [f"{field} of each class against {first}, {'lower' if better < 0 else 'higher'} is better"]
+    for name, result in others:
+        rows = {}
+        for group, classes in {"all": range(len(base["per_class"])), **thirds}.items():
+            pairs = [(base["per_class"][k], result["per_class"][k]) for k in classes]
+            pairs = [(a, b) for a, b in pairs if a.get(field) is not None and b.get(field) is not None]
+            if not pairs:
+                continue
+            difference = np.array([b[field] - a[field] for a, b in pairs])
+            errors = [row.get(f"{field}_error") for pair in pairs for row in pair]
+            mean, error = difference.mean(), None if None in errors else math.hypot(*errors) / len(pairs)
+            row = {"won": f"{(better * difference > 0).sum()} of {len(pairs)}", "difference": f"{mean:+.4g}"}
+            if error is not None:
+                row["difference"] += f" +- {error:.2g}"
+                row["in words"] = ("the difference is smaller than its error" if abs(mean) <= error else
+                                   "less than two errors" if abs(mean) <= 2 * error else
+                                   "better" if better * mean > 0 else "worse")  # fmt: skip
+            rows[group] = row
+        lines += [name, *text_table(rows, {key: key for key in ("won", "difference", "in words")})]
+    return lines
 
 
 def text_table(rows, columns):
@@ -1168,7 +1425,8 @@ def moving_average(values, width=SMOOTH):
 def plot_classes(results, path, score="fd"):
     """A PNG: the score of each class from head to tail, for one or several runs, {name: dict of `evaluate`}.
 
-    Dots are classes, lines moving averages of 5, grey the number of training images. Several runs, the first
+    Dots are classes, with their standard errors, lines moving averages of 5, dashes what real images score,
+    grey the number of training images. Several runs, the first
     of which is the baseline, have two more panels: the score of the first - that of this one (CBDM, Fig. 4;
     above 0 is better for a distance), and their ratio (Softlabel-GAN, supplement, Figs 6 to 8; above 1 is
     better; not for KID, which may be below 0). Raises InputError without matplotlib, or without any score.
@@ -1181,7 +1439,12 @@ def plot_classes(results, path, score="fd"):
     first, *others = tables
     counts = np.array([row["train_images"] for row in tables[first]])
     order = datasets.head_to_tail(counts)
-    y = {name: np.array([row.get(score) for row in rows], np.float64)[order] for name, rows in tables.items()}
+
+    def column(rows, key):
+        return np.array([row.get(key) for row in rows], np.float64)[order]
+
+    y = {name: column(rows, score) for name, rows in tables.items()}
+    errors = {name: column(rows, f"{score}_error") for name, rows in tables.items()}
     if all(np.isnan(values).all() for values in y.values()):
         raise InputError(f"no class has a {score} to draw")
     protocol, distance = results[first]["protocol"], score in ("fd", "kid")
@@ -1213,8 +1476,13 @@ def plot_classes(results, path, score="fd"):
         if level is not None:
             axis.axhline(level, color="0.6", linewidth=1)
         for name, values in curves.items():
-            axis.plot(values, ".", color=colours[name], alpha=0.35, markersize=5)
+            bars = errors[name] if curves is y else None
+            axis.errorbar(range(len(order)), values, bars, fmt=".", color=colours[name], alpha=0.35,
+                          markersize=5)  # fmt: skip
             axis.plot(moving_average(values), color=colours[name], label=name)
+        if curves is y:
+            floor = moving_average(column(tables[first], f"{score}_floor"))
+            axis.plot(floor, "--", color="0.4", label="real images")
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(label)
         axis.spines["top"].set_visible(False)
@@ -1239,38 +1507,54 @@ def nearest(fake, real):
     return index.cpu(), (fake.double() - real[index].double()).norm(dim=1).cpu()
 
 
-NEAREST_ROWS, NEAREST_PAIRS = 10, 6  # classes, and samples of each, in the picture
+def nearest_picture(images, train, per_class, rows=10):
+    """A PIL image: the samples that are nearest to a training image, each beside it (memorised?).
 
-
-def nearest_picture(images, labels, network, train, train_features, device="cpu", batch_size=100):
-    """A PIL image: samples beside the training images nearest to them in feature space (memorised?).
-
-    Rows go from head to tail: all classes with samples, or ten of them at equal steps; six samples of each.
+    per_class: of `evaluate`, with the score copies. Rows go from head to tail: all classes with samples, or
+    ten of them at equal steps.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    order = [int(c) for c in datasets.head_to_tail(train.counts) if (labels == c).any()]
-    steps = np.linspace(0, len(order) - 1, min(len(order), NEAREST_ROWS))
-    chosen = {order[round(i)]: (labels == order[round(i)]).nonzero().flatten()[:NEAREST_PAIRS] for i in steps}
-    shown = images[torch.cat([*chosen.values(), torch.tensor([0])])]  # one more: a single image makes no set
-    index, _ = nearest(extract_features(shown, network, device, batch_size)[0], train_features)
-    pairs = iter(zip(shown, train.images[index], strict=True))
+    order = [int(k) for k in datasets.head_to_tail(train.counts) if per_class[k].get("nearest")]
+    order = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(len(order), rows))]
     size, gap = max(48, images.shape[-1]), 12  # pixels, as all below
     left, top = 170, 22
-    width, height = left + NEAREST_PAIRS * (2 * size + gap), top + len(chosen) * (size + 4)
+    width, height = left + SHOWN * (2 * size + gap), top + len(order) * (size + 4)
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     draw.text((4, 6), "class, training images", "black", font)
     draw.text((left, 6), "pairs: a sample, and beside it the training image nearest to it", "black", font)
-    for row, (c, members) in enumerate(chosen.items()):
+    for row, k in enumerate(order):
         y = top + row * (size + 4)
-        name = train.classes[c].encode("ascii", "replace").decode()[:20]
-        draw.text((4, y + size // 2), f"{name}, {int(train.counts[c])}", "black", font, anchor="lm")
-        for column in range(len(members)):
-            both = torch.cat(next(pairs), 2).permute(1, 2, 0).numpy()
+        name = train.classes[k].encode("ascii", "replace").decode()[:20]
+        draw.text((4, y + size // 2), f"{name}, {int(train.counts[k])}", "black", font, anchor="lm")
+        for column, (i, j, _) in enumerate(per_class[k]["nearest"]):
+            both = torch.cat([images[i], train.images[j]], 2).permute(1, 2, 0).numpy()
             tile = Image.fromarray(both).resize((2 * size, size), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + column * (2 * size + gap), y))
     return sheet
+
+
+def write_report(results, pictures, path):
+    """One HTML page that needs nothing else: protocol and scores of each run, their differences, pictures.
+
+    results {name: dict of `evaluate`}; pictures {caption: PNG file}, which are inlined.
+    """
+    parts = ["<!doctype html><meta charset='utf-8'><title>Scores</title><style>body {font: 16px sans-serif; "
+             "max-width: 70em; margin: 2em auto; padding: 0 1em} pre {font-size: 13px; overflow-x: auto} "
+             "img {max-width: 100%; image-rendering: pixelated}</style><h1>Scores</h1>"]  # fmt: skip
+    for name, result in results.items():
+        table = html.escape(format_table(result, per_class=True))
+        parts.append(f"<h2>{html.escape(name)}</h2><pre>{table}</pre>")
+    if len(results) > 1:
+        lines = "\n".join(compare_runs(results, "fd"))
+        parts.append(f"<h2>Differences</h2><pre>{html.escape(lines)}</pre>")
+    for caption, file in pictures.items():
+        data = base64.b64encode(Path(file).read_bytes()).decode()
+        text = html.escape(caption)
+        parts.append(f"<h2>{text}</h2><img alt='{text}' src='data:image/png;base64,{data}'>")
+    with atomic_write(path) as file:
+        file.write("\n".join(parts).encode())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1295,12 +1579,15 @@ def parse_args():
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = fail  # one line where argparse would print the usage too
     parser.add_argument("samples", type=Path, nargs="+",
-                        help=".npz: images (N, H, W, 3) uint8 and labels (N,); or arr_0, arr_1")
+                        help=".npz: images (N, H, W, 3) uint8 and labels (N,), or arr_0, arr_1; or a "
+                        "directory: pictures in it, or in a sub-directory for each class")
     add = parser.add_argument_group("what to compare with").add_argument
-    add("--dataset", required=True, help="a name that datasets.py knows")
+    add("--dataset", help="a name that datasets.py knows")
+    add("--against", type=Path, metavar="PATH", help="instead of --dataset: other images, file or directory")
     add("--reference", choices=datasets.SPLITS, default="reference",
         help="reference (default): the balanced training images; for cifar*imb the test images")
     add("--rho", type=float, help="imbalance ratio of a long-tailed set (default: 100)")
+    add("--imbalance", choices=("exp", "step"), default="exp", help="how its classes thin out (default: exp)")
     add("--image-size", type=int, help="pixels a side (default: the data set's own)")
     add("--data-dir", default="data", help="where data sets and their features are kept (default: data)")
     add = parser.add_argument_group("features").add_argument
@@ -1313,16 +1600,26 @@ def parse_args():
     add = parser.add_argument_group("scores").add_argument
     add("--scores", default=DEFAULT_SCORES,
         help=f"names with commas between, or all; their cost below (default: {DEFAULT_SCORES})")
+    add("--no-errors", action="store_true", help="no standard errors, which cost each score 20 times more")
     add = parser.add_argument_group("output").add_argument
     add("--per-class", action="store_true", help="print a row for each class")
     add("--out", type=Path, help="directory for metrics.json and per_class.csv (default: beside the samples, "
-        "as <samples>-metrics.json, <samples>-per_class.csv)")
+        "as <samples>-metrics.json, <samples>-per_class.csv; of a directory in <samples>-scores/)")
     add("--plot", nargs="?", const="fd", metavar="SCORE", help="write <samples>-SCORE.png: a score of each "
         "class from head to tail (default: fd), and of several files against the first; needs matplotlib")
     add("--nearest", action="store_true",
-        help="write <samples>-nearest.png: samples beside the training images nearest to them")
+        help="write <samples>-nearest.png: the samples that are nearest to a training image, beside it")
+    add("--report", type=Path, metavar="HTML", help="write all of it as one page, pictures included")
     args = parser.parse_args()
     chosen_scores(args.scores)
+    if (args.dataset is None) == (args.against is None):
+        fail("say what to compare with: --dataset NAME, or --against PATH of other images")
+    if args.nearest or (args.report and args.dataset):
+        if args.against:
+            fail("--nearest shows training images; --against has none")
+        args.scores += ",copies"
+    if args.report and importlib.util.find_spec("matplotlib"):
+        args.plot = args.plot or "fd"
     if args.plot:
         of = [name for name, fields in SCORES.items() if args.plot in fields]
         if not of:
@@ -1339,14 +1636,30 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, results = pick_device(args.device), {}
+    device, results, pictures = pick_device(args.device), {}, {}
+    first_out = None
     where = (args.dataset, args.data_dir)
-    if args.out:  # what can fail fails before the scores
+    for directory in filter(None, (args.out, args.report and args.report.parent)):  # fail before the scores
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {args.out}: {error}") from error
-    samples = {path: load_samples(path) for path in args.samples}
+            raise InputError(f"{directory}: {error}") from error
+    if args.against:
+        by_classifier = (args.features or "").startswith("classifier:")
+        names = load_feature_network(args.features).info["classes"] if by_classifier else None
+        if args.against.is_dir():
+            images, labels, names = datasets.load_images(args.against, names)
+        else:
+            images, labels = load_samples(args.against)
+        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        names = names or [str(k) for k in range(int(labels.max()) + 1)]
+        real = datasets.ImageSet(images, labels, names)
+        where, classes = (real, args.data_dir), real.classes
+    else:
+        load = functools.partial(datasets.load, *where, image_size=args.image_size, rho=args.rho,
+                                 imbalance=args.imbalance)
+        classes = load(args.reference).classes
+    samples = {path: load_samples(path, classes=classes) for path in args.samples}
     size = samples[args.samples[0]][0].shape[-1]
     for path, (images, labels) in samples.items():
         if labels is None and (args.plot or args.nearest):
@@ -1354,31 +1667,41 @@ def main():
         if images.shape[2:] != samples[args.samples[0]][0].shape[2:]:
             fail(f"{path} has images of {images.shape[-1]} pixels and {args.samples[0]} of {size}")
     if args.annotator:
-        classes = datasets.load(*where, args.reference, args.image_size, args.rho).classes
         annotator = load_feature_network(f"classifier:{args.annotator}", device, classes, size)
     for path, (images, labels) in equal_numbers(samples).items():
         seen = None
         if args.annotator:
             seen = extract_features(images, annotator, device, args.batch_size)[1].argmax(1)
         result = evaluate(images, labels, *where, args.features, args.reference, args.rho, args.image_size,
-                          device, args.batch_size, seen, args.scores)  # fmt: skip
+                          device, args.batch_size, seen, args.scores, not args.no_errors,
+                          args.imbalance)  # fmt: skip
         print(f"{path}: " * (len(args.samples) > 1) + format_table(result, args.per_class))
         results[str(path)] = result
         out = args.out or path.with_suffix("")
+        if path.is_dir() and not args.out:  # not among the samples
+            out = path.with_name(f"{path.name}-scores")
+            out.mkdir(exist_ok=True)
+        first_out = first_out or out
         print("wrote", *write_scores(result, out))
-        if args.nearest:
-            train = datasets.load(*where, "train", args.image_size, args.rho)
-            rho = result["protocol"]["rho"]
-            network, features = load_reference(train, *where, args.features, "train", rho, device,
-                                               args.batch_size)  # fmt: skip
-            picture = nearest_picture(images, labels, network, train, features, device, args.batch_size)
+        if labels is not None and args.report:
+            rows = datasets.grid_classes(torch.tensor([row["train_images"] for row in result["per_class"]]))
+            pictures[f"{path}: samples, from head to tail"] = beside(out, "grid.png")
+            datasets.write_grid(beside(out, "grid.png"), datasets.rows_of(images, labels, rows))
+        if args.dataset and labels is not None and (args.nearest or args.report):
+            pictures[f"{path}: samples, each beside the nearest training image"] = beside(out, "nearest.png")
             with atomic_write(beside(out, "nearest.png")) as file:
-                picture.save(file, format="png")
+                nearest_picture(images, load("train"), result["per_class"]).save(file, format="png")
             print("wrote", beside(out, "nearest.png"))
+    if len(results) > 1:
+        print(*compare_runs(results, args.plot or "fd"), sep="\n")
     if args.plot:
-        path = beside(args.out or args.samples[0].with_suffix(""), f"{args.plot}.png")
+        path = beside(first_out, f"{args.plot}.png")
         plot_classes(results, path, args.plot)
+        pictures = {f"{args.plot} from head to tail": path} | pictures
         print("wrote", path)
+    if args.report:
+        write_report(results, pictures, args.report)
+        print("wrote", args.report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ training loop does not run as released; CHOICE marks what none of them says.
     python softlabel_gan.py --dataset cifar10imb --labels onehot --oversample 1    # Table 4
     python softlabel_gan.py --dataset cifar10imb --diffaug ""      # Table 3: without DiffAugment
     python softlabel_gan.py --dataset cifar10imb-120               # Fig. 5; cifar10imb-90
-    python softlabel_gan.py --dataset folder:PATH --image-size 128 # your own images; 64, 256 too
+    python softlabel_gan.py --dataset folder:PATH --image-size 64  # your own images, settings that fit
+    python softlabel_gan.py --dataset folder:PATH --image-size 128 --recipe paper    # P's; 64, 256 too
+    python softlabel_gan.py --dataset folder:PATH --image-size 64 --eval-only --export DIR --classes A,B
 
 `--classifier runs/.../classifier.pt` takes a checkpoint of `classifier.py --soft-labels`. Without
 it one is trained first, the same for each --seed. Its labels are computed once and kept in the run
@@ -128,24 +130,44 @@ RECIPES = {
     128: AT_128,
     256: AT_128 | dict(image_size=256),  # CHOICE: as 128; neither P nor A says
 }
+# Ours, for your own images: narrower, fewer images a step. D sees each image as often as on
+# cifar10imb, 4,950 times (31,000 x 4 steps of 128 among 3,208 images), but in 5,000 to 124,000 steps,
+# as many as D's there: 30,900 for 200 images, all from 800 on.
+FOLDER = dict(batch_size=32, d_steps=1, ema=0.999, ema_start=500, eval_images=2_000, save_every=250)
 # CHOICE: as imbalanced CIFAR-10. At 100 most of what counts for a rare class is of other classes.
 SHAPES_RHO = 26.5
 FREE = datasets.FREE | {"sample_seed", "classifier"}  # classifier: its labels are compared instead
 
 
+def shares(text):
+    """{"cat": 0.5, "dog": 0.5} of "cat:0.5,dog:0.5"."""
+    return {name: float(p) for name, _, p in (part.rpartition(":") for part in text.split(","))}
+
+
+mixture = number(shares, lambda of: min(of.values()) >= 0 and math.isclose(sum(of.values()), 1),
+                 "CLASS:SHARE,... with shares that sum to 1")
+
+
 def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the resolution."""
-    first = datasets.first_flags(argv, dataset=str, image_size=at_least(1))
+    first = datasets.first_flags(argv)
     dataset = first.dataset or "cifar10imb"
     size = first.image_size or (16 if dataset.startswith("shapes") else 32)
     if size not in RECIPES:
         fail(f"--image-size is {size}; it must be {', '.join(map(str, RECIPES))}")
-    defaults = RECIPES[size] | dict(dataset=dataset)
+    recipe = "folder" if dataset.startswith("folder:") else "paper"
+    defaults = RECIPES[size] | dict(dataset=dataset, recipe=recipe)
+    if (first.recipe or recipe) == "folder":
+        width = 32 if size <= 32 else 16  # whose channels grow more from level to level
+        defaults |= (AT_128 if size > 32 else AT_32) | FOLDER
+        defaults |= dict(image_size=size, width=width, discriminator_width=width)
+        defaults |= datasets.folder_settings(first, 32, epochs=4_950, low=5_000, high=124_000)
     if dataset in datasets.LONG_TAILED:
         defaults["rho"] = SHAPES_RHO if dataset == "shapeslt" else datasets.DEFAULT_RHO
 
     parser = datasets.settings_parser(f"Softlabel-GAN; defaults: those at {size} pixels")
     add = parser.add_argument_group("method").add_argument
+    add("--recipe", choices=("paper", "folder"), help="whose defaults to take; paper: those at a resolution")
     add("--labels", choices=LABELS, help="D's labels of real images: soft, a classifier's; onehot; smooth; "
         "ols, soft averaged by class; mixup; cotrain, of a classifier that learns along")
     add("--classifier", metavar="PATH", type=datasets.existing_file,
@@ -164,6 +186,7 @@ def parse_settings(argv=None):
     add("--ema-start", type=at_least(0), help="step after which averaging starts")
     add("--sample-seed", type=at_least(0), default=0,
         help="another one scores other samples, in a directory of their own")
+    add("--soft-label", type=mixture, metavar="A:P,B:Q", help="to --export pictures of this mixture")
     args = datasets.read_settings(parser, argv, "softlabel_gan", defaults, FREE)
 
     if args.classifier and args.labels not in ("soft", "ols"):
@@ -172,6 +195,8 @@ def parse_settings(argv=None):
         fail(f"--labels {args.labels} smooths nothing; --smoothing is for smooth")
     if args.eval_images == 1:
         fail("--eval-images 1: scores need at least 2 samples")
+    if args.soft_label and (args.classes or not args.export):
+        fail("--soft-label is for --export, in place of --classes")
     return args
 
 
@@ -492,7 +517,7 @@ class Discriminator(nn.Module):
 # Sampling
 # --------------------------------------------------------------------------------------------------
 AT_ONCE = 250  # samples of 32 x 32 pixels
-GRID, FINAL = range(2)  # the pictures on the way, and what is scored, do not share their noise
+GRID, FINAL, EXPORT = range(3)  # the pictures on the way, what is scored, --export: no shared noise
 
 
 def noise_and_labels(n, d_z, K, device):
@@ -512,7 +537,7 @@ def latents(n, d_z, kind, seed):
 
 @torch.no_grad()
 def generate(generator, z, classes, K, args, amp):
-    """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,).
+    """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,) or labels (n, K).
 
     generator: the averaged one, in eval mode: batch norm has the averages of training. A's scripts
     for 32 pixels sample with statistics of the batch, which then holds a single class where classes
@@ -524,7 +549,7 @@ def generate(generator, z, classes, K, args, amp):
     at_once = datasets.images_at_once(AT_ONCE, args.image_size)
     images = []
     for z_part, part in zip(z.split(at_once), classes.split(at_once), strict=True):
-        y = F.one_hot(part, K).float()
+        y = part if part.is_floating_point() else F.one_hot(part, K).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = generator(z_part.to(device), y.to(device))
         images.append(datasets.to_uint8(x))
@@ -536,6 +561,23 @@ def sample_grid(generator, classes, K, args, amp):
     z = latents(datasets.GRID_COLUMNS, latent_size(args.image_size), GRID, args.seed)
     y = classes.repeat_interleave(datasets.GRID_COLUMNS)
     return generate(generator, z.repeat(len(classes), 1), y, K, args, amp)
+
+
+def export(ema, classes, args, amp):
+    """--export: pictures of each class, or of --soft-label: a distribution as the label of G."""
+    K = len(classes)
+    y_f = torch.eye(K + 1, K)  # row k: class k. The last: the mixture
+    if args.soft_label:
+        for name, p in args.soft_label.items():
+            y_f[K, datasets.class_number(name, classes, "--soft-label")] = p
+        args.classes = [" ".join(f"{name} {p:g}" for name, p in args.soft_label.items())]
+
+    def draw(k, start, n):
+        seed = datasets.seed_from(args.sample_seed, k, start)
+        z = latents(n, latent_size(args.image_size), EXPORT, seed)
+        return generate(ema, z, y_f[k].expand(n, K), K, args, amp)
+
+    datasets.export_by_label(args, ema, classes + (args.classes if args.soft_label else []), draw)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,14 +610,16 @@ def main(argv=None):
     device = datasets.pick_device(args.device)
     amp = datasets.use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
-    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho)
+    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho,
+                          imbalance=args.imbalance)
     args.training_data = train.fingerprint
     state = datasets.find_run(args, FREE)
     K, B = len(train.classes), args.batch_size
     if K < 2:
         fail(f"{args.dataset} has one class; a conditional GAN needs two")
     if args.eval_images:  # if it is missing, fail now and not after the training
-        datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho)
+        datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho,
+                      imbalance=args.imbalance)
 
     # The labels that D gets with the training images, (N, K). For soft, T_y(x) = C(x): C sees each image
     # once, neither mirrored nor augmented. It is trained here if need be.
@@ -703,6 +747,8 @@ def main(argv=None):
                 if signal:
                     datasets.leave(signal, done, args)
 
+    if args.export:
+        export(ema, train.classes, args, amp)
     if args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
 

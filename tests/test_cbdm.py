@@ -637,6 +637,17 @@ def test_the_final_samples_are_the_averaged_networks(tmp_path, monkeypatch):
         assert not np.array_equal(samples["images"], expected["model"].numpy())
 
 
+def test_a_step_of_imbalance(tmp_path):
+    state = tiny_run(tmp_path, "--rho", 10, "--imbalance", "step")
+    train = datasets.load("shapeslt", "data", rho=10, imbalance="step")
+    assert state["settings"]["training_data"] == train.fingerprint
+    with pytest.raises(InputError, match="holds a run on other images"):
+        tiny_run(tmp_path, "--rho", 10)
+    del state["settings"]["imbalance"]  # of a run that did not know it
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert tiny_run(tmp_path, "--rho", 10, "--imbalance", "step")["step"] == 3
+
+
 def test_flips_can_be_turned_off(tmp_path, monkeypatch):
     """--no-flip, for digits and signs: all images of the batches are images of the data."""
     seen = []
@@ -981,6 +992,127 @@ def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, mo
     assert made_again(args) == (True, False)
     monkeypatch.setattr(cbdm, "__file__", str(ROOT / "cbgan.py"))  # as good as an edited sampler
     assert made_again(args)[0]
+
+
+# --------------------------------------------------------------------------- a folder of your own, --export
+
+
+def test_settings_follow_from_the_folder(tmp_path):
+    """Files are counted, not opened; of prepared arrays the labels are read and nothing else."""
+    for name, n in (("owl", 30), ("kiwi", 10), ("emu", 1)):
+        (tmp_path / "birds" / "train" / name).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "birds" / "train" / name / f"{i}.png").touch()
+    of = lambda name, *flags: cbdm.parse_settings(  # noqa: E731
+        ["--dataset", f"folder:{tmp_path / name}", "--data-dir", str(tmp_path), *flags])
+    a = of("birds")
+    assert (a.recipe, a.steps, a.eval_images, a.sample_every) == ("folder", 10_000, 3 * 167, 500)
+    assert (a.regularise_after, a.lr_schedule, a.image_size) == (0, "constant", 32)
+    for size, multipliers in ((16, [2, 4]), (32, [1, 2, 4]), (48, [1, 2, 4]), (64, [1, 1, 2, 4])):
+        a = of("birds", "--image-size", str(size), "--steps", "200")
+        assert a.multipliers == multipliers and a.attention_level == len(multipliers) - 2
+        assert 8 <= size / 2 ** (len(multipliers) - 1) < 16 and a.sample_every == 10
+    for n, K, steps, images in ((2000, 20, 83_100, 1000), (50_000, 300, 300_000, 4800)):
+        np.savez(tmp_path / f"folder-far{n}-train-32.npz", labels=np.zeros(n, int),
+                 classes=np.arange(K).astype(str))
+        a = of(f"far{n}")  # 2000 * 1330 / 32 = 83,125
+        assert (a.steps, a.eval_images) == (steps, images)
+    (tmp_path / "folder-broken-train-32.npz").write_bytes(b"PK")
+    for name in ("nowhere", "broken"):
+        assert of(name).steps == 300_000
+    paper = of("birds", "--recipe", "cifar100lt")
+    assert (paper.steps, paper.channels, paper.eval_images) == (300_000, 128, 50_000)
+    assert cbdm.parse_settings(["--recipe", "folder"]).channels == 32  # of no folder
+
+
+def exported(where):
+    return {str(file.relative_to(where)): file.read_bytes() for file in where.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """export(DIR, ...) of a run; batches of four."""
+    run = [*TINY, "--run-dir", str(tmp_path / "run")]
+    cbdm.main(run)
+    monkeypatch.setattr(datasets, "EXPORT_AT_ONCE", 1)
+
+    def export(where, *flags):
+        small = ["--sampler", "ddim", "--ddim-steps", "2", "--eval-images", "8"]  # which it leaves alone
+        cbdm.main([*run, *small, "--eval-only", "--export", str(tmp_path / where), *map(str, flags)])
+        return exported(tmp_path / where)
+
+    return export
+
+
+def test_pictures_do_not_depend_on_what_else_is_exported(finished, tmp_path, monkeypatch):
+    asked, sampled = [], cbdm.sample
+    monkeypatch.setattr(cbdm, "sample", lambda model, y, *a: asked.append(y) or sampled(model, y, *a))
+    some = finished("some", "--classes", "star,disc", "--per-class", 6)
+    assert torch.stack(asked).tolist() == [[k] * 4 for k in (5, 5, 0, 0)]  # whole batches
+    files = [f"{name}/0000{i}.png" for name in ("disc", "star") for i in range(1, 7)]
+    assert sorted(some) == sorted(["export.json", *files])
+    assert len(set(some.values())) == 13
+    assert Image.open(tmp_path / "some" / "star" / "00001.png").size == (16, 16)
+    assert not (tmp_path / "run" / "samples.npz").exists()
+    for flags in (["--classes", "disc", "--per-class", 3], ["--classes", "ring", "disc", "--per-class", 5]):
+        other = finished("other", *flags)
+    assert all(some[name] == data for name, data in other.items() if name in some)
+    assert len(other) == 11 and "ring/00005.png" in other
+    assert len(finished("all", "--per-class", 1)) == 11
+
+
+def test_an_export_resumes_and_never_overwrites(finished, tmp_path, monkeypatch):
+    run = ["--classes", "star,disc", "--per-class", 6]
+    whole = finished("pictures", *run)
+    asked, sampled = [], cbdm.sample
+    monkeypatch.setattr(cbdm, "sample", lambda *a: asked.append(1) or sampled(*a))
+    (tmp_path / "pictures" / "star" / "00005.png").unlink()
+    (tmp_path / "pictures" / "disc" / "00001.png").write_bytes(b"retouched")
+    (tmp_path / "pictures" / "disc" / "00002.png").unlink()
+    again = finished("pictures", *run)
+    assert len(asked) == 2 and again == whole | {"disc/00001.png": b"retouched"}
+    with pytest.raises(InputError, match="other things"):
+        finished("pictures", *run, "--guidance", 0.5)
+    state = state_of(tmp_path / "run")
+    state["ema"]["tail.2.bias"] += 1
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(InputError, match="other things") as error:
+        finished("pictures", *run)
+    assert "\n" not in str(error.value) and exported(tmp_path / "pictures") == again
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cat.jpg").touch()
+    with pytest.raises(InputError, match="other things"):
+        finished("mine")
+    assert list(exported(tmp_path / "mine")) == ["cat.jpg"]
+
+
+def test_a_full_disk_keeps_the_pictures_that_are_there(finished, tmp_path, monkeypatch):
+    whole, fsync, written = finished("whole", "--classes", "disc", "--per-class", 6), os.fsync, []
+
+    def full(file):
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        written.append(fsync(file))
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="00004.png.*No space left"):
+        patch.setattr(os, "fsync", full)
+        finished("full", "--classes", "disc", "--per-class", 6)
+    assert len(exported(tmp_path / "full")) == 4
+    assert finished("full", "--classes", "disc", "--per-class", 6) == whole
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--eval-only", "--export", "there", "--classes", "stars,disc"], "'stars'; there are star"),
+    (["--eval-only", "--export", "there", "--classes", "zebra"], "'zebra'; there are disc, square"),
+    (["--export", "there"], "add --eval-only"), (["--classes", "disc"], "--export"),
+    (["--eval-only", "--export", "there", "--per-class", "0"], "per-class"),
+])
+def test_exports_that_cannot_be(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cbdm.main([*TINY, "--run-dir", "run"])
+    with pytest.raises(InputError, match=message) as error:
+        cbdm.main([*TINY, "--run-dir", "run", *flags])
+    assert "\n" not in str(error.value) and not (tmp_path / "there").exists()
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -827,7 +827,7 @@ def test_choice_and_score_share_neither_noise_nor_real_images(monkeypatch, tiny,
            f"classifier:{judges.annotator}",
            "--data-dir", str(tmp_path / "data"), "--eval-images", "20", "--run-dir", str(tmp_path / "run")]
     cbgan.main(run)
-    choice, score = measured
+    choice, score, *_ = measured  # then those of the floor
     assert not set(map(hash_of, choice)) & set(map(hash_of, score)) and seeds == [
         (cbgan.MONITOR, 0),
         (cbgan.FINAL, 0),
@@ -856,9 +856,22 @@ def test_real_images_that_are_left_for_the_choice(splits, scored, expected, tmp_
             for n in range(3 if (split, name) == ("train", "a") else 1):
                 Image.fromarray(np.full((16, 16, 3), 40 * i + n,
                                         np.uint8)).save(tmp_path / split / name / f"{n}.png")
-    args = dict(dataset=f"folder:{tmp_path}", data_dir=tmp_path / "data", image_size=16, rho=None)
+    args = dict(dataset=f"folder:{tmp_path}", data_dir=tmp_path / "data", image_size=16, rho=None,
+                imbalance="exp")
     args = types.SimpleNamespace(reference=scored, **args)
     assert cbgan.other_images(args)[0] == expected
+
+
+def test_a_step_of_imbalance(monkeypatch):
+    args = cbgan.parse_settings(["--dataset", "shapeslt", "--rho", "10", "--imbalance", "step"])
+    assert args.run_dir == "runs/cbgan-shapeslt-rho10.0-imbalancestep-s0"
+    train = cbgan.load_split(args, "train")
+    assert train.counts.tolist() == [1000] * 5 + [100] * 5
+    asked = {}
+    monkeypatch.setattr(cbgan, "frozen_classifier", lambda *_, **more: asked.update(more))
+    with pytest.raises(AttributeError):  # there is no classifier to tell of
+        cbgan.classifier_in_the_loop(args, train, train.classes, "cpu")
+    assert asked["imbalance"] == "step"
 
 
 def test_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -879,8 +892,8 @@ def test_a_folder_of_its_own(tmp_path, monkeypatch):
                 "--run-dir", "run",
                 "--features", "classifier:reference/classifier.pt"])
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert scores["protocol"]["reference"] == "reference" and scores["protocol"]["reference_images"] == 16
-    assert scores["all"]["fd"] > 0 and len(scores["per_class"]) == 3
+    assert scores["protocol"]["reference"] == "reference" and scores["protocol"]["reference_images"] == 2
+    assert scores["all"]["fd"] > 0 and len(scores["per_class"]) == 3  # of one of them no image is held out
 
 
 def test_a_hundred_classes(tmp_path, monkeypatch, capsys):
@@ -925,6 +938,87 @@ def test_missing_inception_weights_do_not_spoil_a_run(tiny, judges, tmp_path, mo
     assert (tmp_path / "run" / "samples.npz").exists() and "KL to uniform" in said.out
     assert "not scored" in said.out and "pt_inception-2015-12-05-6726825d.pth" in said.out
     assert "the distance is not monitored" in said.err
+
+
+# --------------------------------------------------------------------------- a folder of your own, --export
+
+
+def test_settings_follow_from_the_folder(tmp_path):
+    np.savez(tmp_path / "folder-x-train-64.npz", labels=np.zeros(2000, int), classes=["a", "b", "c"])
+    folder = ["--dataset", "folder:x", "--data-dir", str(tmp_path), "--image-size"]
+    a = cbgan.parse_settings([*folder, "64"])  # 2000 * 2060 / 64 = 64,375
+    assert (a.steps, a.eval_images, a.batch_size, a.architecture, a.beta1) == (64_400, 501, 64, "snresgan", 0)
+    assert (a.recipe, a.monitor_images, a.reference, a.width) == ("folder", 0, "reference", 32)
+    b = cbgan.parse_settings([*folder, "32"])  # of that size there is nothing
+    assert (b.architecture, b.beta1, b.width, b.steps) == ("sndcgan", 0.5, 32, 100_000)
+    assert cbgan.parse_settings([*folder, "64", "--recipe", "lsun5"]).steps == 100_000
+    assert cbgan.parse_settings(["--dataset", "cifar10imb"]).recipe == "cifar10lt"
+    for K, weight in ((4, 7.5), (31, 0.5)):  # lambda by the imbalance, here 10, and by the classes
+        labels = torch.arange(K).repeat_interleave(torch.tensor([10] + [1] * (K - 1)))
+        images = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
+        a = cbgan.parse_settings([*folder, "64"])
+        cbgan.complete_settings(a, datasets.ImageSet(images, labels, [str(k) for k in range(K)]))
+        assert a.reg_weight == weight
+
+
+def exported(where):
+    return {str(file.relative_to(where)): file.read_bytes() for file in where.rglob("*") if file.is_file()}
+
+
+def test_pictures_are_sorted_by_the_classifier(tiny, judges, tmp_path, monkeypatch, capsys):
+    """Batches of 100 in their order; the first pictures of each class. C itself says what they show."""
+    run = [*tiny, "--lr", "0.05", "--ema", "0.5", "--ema-start", "0", "--steps", "12", "--classifier",
+           judges.annotator, "--run-dir", str(tmp_path / "run")]  # to which these fakes are of many classes
+    cbgan.main(run)
+    monkeypatch.setattr(datasets, "EXPORT_BATCHES", 3)
+
+    def export(where, *flags):
+        cbgan.main([*run, "--eval-only", "--export", str(tmp_path / where), *flags])
+        return exported(tmp_path / where)
+
+    some = export("all", "--per-class", "40")
+    rows = list(csv.DictReader(some["certainty.csv"].decode().splitlines()))
+    assert {row["file"] for row in rows} == some.keys() - {"certainty.csv", "export.json"}
+    C, names = classifier.load_classifier(judges.annotator), list(datasets.SHAPES)
+    for row in rows:
+        image = torch.from_numpy(np.array(Image.open(tmp_path / "all" / row["file"]))).permute(2, 0, 1)
+        p = classifier.outputs(C, image[None]).softmax(1)[0]
+        assert row["class"] == names[p.argmax()] == row["file"].split("/")[0]
+        assert float(row["probability"]) == pytest.approx(p.max().item(), abs=2e-3)
+    count = {name: sum(row["class"] == name for row in rows) for name in names}
+    assert max(count.values()) <= 40 and 40 < len(rows) <= 300
+    assert sum(n > 5 for n in count.values()) > 2
+    few = [name for name in names if count[name] < 40]
+    said = capsys.readouterr().err
+    assert "3 batches hold fewer than 40 pictures of " + ", ".join(f"{k} ({count[k]})" for k in few) in said
+
+    frequent = max(count, key=count.get)
+    one = export("one", "--per-class", "5", "--classes", frequent)
+    assert len(one) == 7 and all(some[name] == one[name] for name in one if name.endswith("png"))
+    export("one", "--per-class", "40")
+    one = export("one", "--per-class", "2", "--classes", frequent)  # what is in the table stays there
+    assert one.keys() == some.keys()
+    assert sorted(one["certainty.csv"].splitlines()) == sorted(some["certainty.csv"].splitlines())
+    (tmp_path / "all" / rows[3]["file"]).unlink()
+    assert export("all", "--per-class", "40") == some
+    state = state_of(tmp_path / "run")
+    state["best"] = {"ema": {k: v * 1.5 for k, v in state["ema"].items()}, "step": 3, "N": state["N_hat"]}
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(InputError, match="other things"):  # the best weights are the ones that sample
+        export("all")
+
+
+def test_pictures_of_a_label(tiny, tmp_path, monkeypatch):
+    run = [*tiny, "--conditioning", "cgan", "--reg-weight", "0", "--run-dir", str(tmp_path / "run")]
+    cbgan.main(run)
+    monkeypatch.setattr(datasets, "EXPORT_AT_ONCE", 1)
+    asked, drawn = [], cbgan.generate
+    monkeypatch.setattr(cbgan, "generate", lambda ema, z, y, *a: asked.append(y) or drawn(ema, z, y, *a))
+    cbgan.main([*run, "--eval-only", "--export", str(tmp_path / "star"), "--classes", "star",
+                "--per-class", "6"])
+    assert torch.stack(asked).tolist() == [[5] * 4] * 2
+    assert len(set(exported(tmp_path / "star").values())) == 7
+    assert not (tmp_path / "star" / "certainty.csv").exists()
 
 
 # ------------------------------------------------------------------------------ settings and errors
@@ -1043,8 +1137,7 @@ def test_an_annotator_that_is_no_independent_one_is_warned_of(tiny, judges, tmp_
             image = np.full((16, 16, 3), 40 * c + i, np.uint8)
             Image.fromarray(image).save(tmp_path / "mine" / str(c) / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier, "SOFT_RECIPE", classifier.SOFT_RECIPE | {"epochs": 1})
-    monkeypatch.setattr(classifier, "PAPER_RECIPE", classifier.PAPER_RECIPE | {"epochs": 1})
+    monkeypatch.setattr(classifier, "FOLDER_EPOCHS", (1, 1))
     args = cbgan.parse_settings(["--dataset", f"folder:{tmp_path}/mine", "--image-size", "16"])
     monkeypatch.setattr(args, "eval_images", 0)  # nothing to count classes in
     assert cbgan.find_annotator(args, None, list("012"), torch.device("cpu")) is None

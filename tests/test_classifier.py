@@ -11,11 +11,13 @@ import urllib.error
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import classifier
 import datasets
@@ -755,6 +757,73 @@ def test_a_classifier_of_long_tailed_data_has_a_run_of_its_own(tmp_path, monkeyp
     assert [(counts[0], counts[-1], seed) for counts, seed in seen] == [(1000, 10, 5), (1000, 100, 5)]
 
 
+def test_a_classifier_in_the_loop_learns_from_what_the_gan_does(tmp_path, monkeypatch):
+    """Thinned likewise, and unflipped if the GAN is: each in a run of its own."""
+    monkeypatch.chdir(tmp_path)
+    for kind in "abc":
+        (tmp_path / "mine/train" / kind).mkdir(parents=True)
+        for i in range(15):
+            image = np.full((8, 8, 3), 5 * i + ord(kind), np.uint8)
+            Image.fromarray(image).save(tmp_path / f"mine/train/{kind}/{i}.png")
+    seen = []
+
+    def stand_in(args, path):  # training is tested above
+        train_set, test_set, _ = classifier.load_data(args, "cpu")
+        classifier.complete(args, len(train_set.labels), 8)
+        seen.append((args.flip, train_set.counts.tolist(), test_set.counts.tolist()))
+        assert path == Path(args.run_dir) / "classifier.pt"
+        settings = SETTINGS | {"training_data": train_set.fingerprint}
+        network = ResNet32(3, **HALF)
+        save_classifier(path, network, args.dataset, "train", train_set.classes, 8, settings, {"all": 0.5})
+
+    monkeypatch.setattr(classifier, "train", stand_in)
+    for more in ({}, {"rho": 4}, {"rho": 4, "imbalance": "step"}, {"rho": 4, "flip": False}):
+        for _ in range(2):  # the second time it is there
+            path = frozen_classifier("folder:mine", tmp_path, image_size=8, **more).info["path"]
+        assert len(seen) == len(list(tmp_path.glob("runs/*"))) and path.startswith("runs/")
+    assert path == "runs/classifier-folder_mine-8px-rho4-flipFalse-s0/classifier.pt"
+    assert seen == [(True, [12, 12, 12], [3, 3, 3]), (True, [12, 6, 3], [3, 3, 3]),
+                    (True, [12, 12, 3], [3, 3, 3]), (False, [12, 6, 3], [3, 3, 3])]
+    assert (tmp_path / "runs/classifier-folder_mine-8px-rho4-step-s0").is_dir()
+    args = types.SimpleNamespace(dataset="folder:mine", data_dir=tmp_path, image_size=8, rho=3,
+                                 imbalance="step", classifier=None, flip=False, amp="off")
+    train_set = datasets.load("folder:mine", tmp_path, "train", 8, 3, imbalance="step")
+    classifier.labels_by_classifier(args, train_set, tmp_path / "run", "cpu")
+    assert seen[4:] == [(False, [12, 12, 4], [3, 3, 3])]
+
+
+@pytest.mark.parametrize("dataset, flag, expected, name", [
+    ("cifar10", [], True, ""), ("cifar10", ["--no-flip"], False, "-flipFalse"),
+    ("cifar10", ["--flip"], True, ""),
+    ("shapes", [], False, ""), ("shapes", ["--flip"], True, "-flipTrue"),
+    ("shapes", ["--no-flip"], False, ""),
+])  # fmt: skip
+def test_flips_of_the_recipe_can_be_turned_off_and_on(dataset, flag, expected, name):
+    args = parse_settings(["--dataset", dataset, *flag])
+    classifier.complete(args, 100, 32)
+    assert args.flip is expected and args.run_dir == f"runs/classifier-{dataset}-32px{name}-s0"
+
+
+def test_how_images_lie_in_memory_changes_nothing(tmp_path, monkeypatch):
+    weights = []
+    load = datasets.load
+    for lying in (False, True):
+        def loaded(*args, lying=lying, **kwargs):
+            data = load(*args, **kwargs)
+            data = ImageSet(data.images[::10].contiguous(), data.labels[::10], data.classes)
+            if lying:  # as of a prepared file
+                data.images = data.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            return data
+
+        monkeypatch.setattr(datasets, "load", loaded)
+        flags = ["--flip", "--rho", 1000, "--epochs", 1, "--soft-labels", "--entropy-weight", 0]
+        where = run(tmp_path, *flags, name=str(lying))
+        weights.append(weights_of(where))
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+    logs = [log_of(tmp_path / str(lying)) for lying in (False, True)]
+    assert logs[0] == logs[1] and "held_out_loss" in logs[0][-1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Soft labels
 # --------------------------------------------------------------------------------------------------
@@ -879,7 +948,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, monkeypatch, capsys):
 def labelled(whole, tmp_path_factory):
     """labels_by_classifier's arguments for the training images of `whole`: the namespace and the images."""
     args = types.SimpleNamespace(dataset="shapeslt", data_dir="data", classifier=str(whole / "classifier.pt"),
-                                 image_size=8, rho=100, amp="off")
+                                 image_size=8, rho=100, imbalance="exp", flip=True, amp="off")
     return args, datasets.load("shapeslt", "data", "train", 8, 100)
 
 
@@ -957,7 +1026,7 @@ def test_whether_bfloat16_is_used_is_passed_on(tmp_path, monkeypatch):
     for amp in ("auto", "off"):
         frozen_classifier("shapeslt", tmp_path, image_size=8, soft_labels=True, amp=amp)
     args = types.SimpleNamespace(dataset="shapeslt", data_dir="data", classifier=None, image_size=8, rho=10,
-                                 amp="off")
+                                 imbalance="exp", flip=True, amp="off")
     classifier.labels_by_classifier(args, train_set, tmp_path / "run", "cpu")
     assert seen == ["auto", "off", "off"]
 
@@ -966,7 +1035,8 @@ def test_what_soft_labels_are_trained_with():
     def recipe(size, *arguments):
         return classifier.recipe_for(parse_settings(["--soft-labels", *arguments]), 3208, size)
 
-    small, large = recipe(32, "--dataset", "cifar10imb"), recipe(128, "--dataset", "folder:x")
+    small = recipe(32, "--dataset", "cifar10imb")
+    large = recipe(128, "--dataset", "folder:x", "--network", "wide_resnet101_2")
     for r in (small, large, recipe(16, "--dataset", "shapeslt")):
         assert (r["head"], r["entropy_weight"], r["hold_out"], r["loss"], r["drw"]) == (
             "spinal",
@@ -976,7 +1046,7 @@ def test_what_soft_labels_are_trained_with():
             False,
         )
     assert (small["network"], small["pretrained"]) == ("resnet32", False)
-    assert (large["network"], large["pretrained"], large["lr"]) == ("wide_resnet101_2", True, 0.001)
+    assert (large["epochs"], large["pretrained"], large["lr"]) == (25, True, 0.001)
     assert [classifier.learning_rate(e, 25, 1.0, "sevens") for e in (0, 6.9, 7, 21)] == pytest.approx(
         [1, 1, 0.1, 0.001]
     )
@@ -1332,3 +1402,199 @@ def test_generated_images_are_added_to_the_real_ones(tmp_path):
     assert result["macro_precision"] == pytest.approx(np.mean(precision)) and result["loss"] == "ce"
     with pytest.raises(classifier.InputError, match="--train-on and --add each say what to learn from"):
         classifier.parse_settings([*command, "--train-on", "x.npz"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Do generated images help?
+# --------------------------------------------------------------------------------------------------
+def test_paired_difference_by_hand():
+    """Differences .1, .2, .6: mean .3, deviations -.2, -.1, .3, s^2 = .14 / 2, error sqrt(.07 / 3)."""
+    difference, error = classifier.paired_difference([0.2, 0.5, 0.1], [0.3, 0.7, 0.7])
+    assert difference == pytest.approx(0.3) and error == pytest.approx((0.07 / 3) ** 0.5)
+
+
+# Accuracy of three classes without, by seed, and what is gained with: the second's gain is beyond doubt; the
+# third's is larger than its error, .0306, and smaller than twice that.
+ACCURACY = {1: [0.9, 0.1, 0.5], 2: [0.5, 0.3, 0.2], 3: [0.1, 0.5, 0.8]}
+GAIN = {1: [0.0, 0.1, 0.1], 2: [0.0, 0.12, 0.0], 3: [0.0, 0.11, 0.08]}
+
+
+@pytest.fixture
+def three_classes(tmp_path, monkeypatch):
+    """--add for three classes with the accuracies above: the command, and the settings of each run."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([3, 20, 9]))  # from head to tail: b, c, a
+    images = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
+    real, runs = ImageSet(images, labels, ["a", "b", "all"]), []
+
+    def stand_in(args, path=None):  # training is tested above
+        learnt = len(classifier.load_data(args, "cpu")[0].labels)
+        classifier.complete(args, learnt, 8)
+        accuracy = np.add(ACCURACY[args.seed], GAIN[args.seed] if args.add else 0).tolist()
+        shares = {"all": sum(accuracy) / 3, "head": accuracy[1], "middle": accuracy[2], "tail": accuracy[0]}
+        path = Path(args.run_dir) / "classifier.pt"
+        save_classifier(path, ResNet32(3, **HALF), "folder:x", args.source, real.classes, 8, SETTINGS, shares,
+                        accuracy)
+        runs.append((types.SimpleNamespace(**vars(args)), learnt))
+        return path
+
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: real)
+    monkeypatch.setattr(datasets, "folder_splits", lambda *_: ["train", "test"])
+    monkeypatch.setattr(classifier, "train", stand_in)
+    monkeypatch.chdir(tmp_path)
+    np.savez("s.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    return ["--dataset", "folder:x", "--add", "s.npz", "--repeats", "3", "--seed", "1"], runs
+
+
+def test_with_and_without_are_compared_within_a_seed(three_classes, capsys):
+    """Between seeds accuracies differ by .4, within them by .1: errors by hand, .0058 for b."""
+    command, runs = three_classes
+    classifier.main([*command, "--run-dir", "both"])
+    assert [(run.seed, run.run_dir, run.add, run.source) for run, _ in runs] == [
+        (seed, f"both/{arm}-s{seed}", add, source) for seed in (1, 2, 3) for arm, add, source in
+        (("without", None, "train"), ("with", "s.npz", "train and samples"))]
+    assert all((run.loss, run.drw) == ("ce", False) for run, _ in runs)
+    result = json.loads(Path("both/comparison.json").read_text())
+    assert [(row["of"], row["images"]) for row in result["rows"]] == [
+        ("all", 32), ("head", 20), ("middle", 9), ("tail", 3),
+        ("class b", 20), ("class all", 9), ("class a", 3)]
+    expected = [(0.3, 0.11, 0.01 / 3**0.5, "better with"), (0.5, 0.06, (0.0028 / 3) ** 0.5, None),
+                (0.5, 0, 0, None)]
+    for row, (without, difference, error, told) in zip(result["rows"][1:], expected * 2, strict=True):
+        assert row["without"] == pytest.approx(without) and row["with"] == pytest.approx(without + difference)
+        assert row["difference"] == pytest.approx(difference, abs=1e-12)
+        assert row["error"] == pytest.approx(error, abs=1e-12)
+        assert row["told"] == (told or "no difference can be told")
+    assert [run["run"] for run in result["runs"]["with"]] == [f"both/with-s{seed}/classifier.pt" for seed in
+                                                              (1, 2, 3)]
+    assert [run["class all"] for run in result["runs"]["with"]] == pytest.approx([0.6, 0.2, 0.88])
+    table = list(csv.DictReader(Path("both/comparison.csv").read_text().splitlines()))
+    assert [float(row["error"]) for row in table] == [row["error"] for row in result["rows"]]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("class b ")]
+    assert line.split() == ["class", "b", "20", "30.00", "41.00", "11.00", "0.58", "better", "with"]
+
+
+def test_a_class_without_test_images_is_left_out_of_a_comparison(three_classes, monkeypatch):
+    command, _ = three_classes
+    real = classifier.load_classifier
+
+    def without_tests_of_a(path):
+        network = real(path)
+        network.info["per_class_accuracy"][0] = network.info["test_accuracy"]["tail"] = None
+        return network
+
+    monkeypatch.setattr(classifier, "load_classifier", without_tests_of_a)
+    classifier.main([*command, "--run-dir", "both"])
+    rows = json.loads(Path("both/comparison.json").read_text())["rows"]
+    assert [row["of"] for row in rows] == ["all", "head", "middle", "class b", "class all"]
+
+
+def test_both_arms_take_as_many_steps(three_classes):
+    """32 and 64 images in batches of 10: 4 and 7 steps an epoch; 35 epochs and 20."""
+    command, runs = three_classes
+    classifier.main([*command, "--epochs", "35", "--batch-size", "10"])
+    assert {(run.epochs, learnt) for run, learnt in runs} == {(35, 32), (20, 64)}
+    where = Path("with-s-folder_x-8px-epochs20-batchsize10-s1")  # beside the samples
+    assert json.loads((where / "comparison.json").read_text())["what"].startswith(
+        "without: 35 epochs of 32 training images; with (train and samples): 20 of 64, as many steps\n")
+    assert len(list(Path("runs").iterdir())) == 3  # those without, for other samples too
+
+
+def test_a_finished_comparison_is_not_trained_again(tmp_path, monkeypatch):
+    shapes_samples(tmp_path / "s.npz")
+    command = [*TINY, "--rho", "1000", "--add", str(tmp_path / "s.npz"), "--repeats", "2", "--epochs", "1",
+               "--run-dir", str(tmp_path / "both")]
+    classifier.main(command)
+    files = {path: path.read_bytes() for path in (tmp_path / "both").glob("comparison.*")}
+    rows = json.loads((tmp_path / "both" / "comparison.json").read_text())["rows"]
+    runs = [tmp_path / "both" / f"{arm}-s{seed}" for arm in ("without", "with") for seed in (0, 1)]
+    tail = [json.loads((run / "metrics.json").read_text())["test_accuracy"]["tail"] for run in runs]
+    assert rows[3]["difference"] == pytest.approx((tail[2] + tail[3] - tail[0] - tail[1]) / 2)
+    monkeypatch.setattr(classifier, "augment", lambda *_: pytest.fail("trained again"))
+    classifier.main(command)
+    assert len(files) == 2 and all(path.read_bytes() == content for path, content in files.items())
+    with pytest.raises(pytest.fail.Exception, match="trained again"):  # seed 2 is new, the others are kept
+        classifier.main([*command, "--repeats", "3"])
+    with pytest.raises(InputError, match="--repeats is for .* neither is given"):
+        parse_settings(["--repeats", "2"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Your own folder
+# --------------------------------------------------------------------------------------------------
+def test_what_a_folder_is_trained_with():
+    def recipe(size, images, *flags):
+        return classifier.recipe_for(parse_settings(["--dataset", "folder:x", *flags]), images, size)
+
+    assert [recipe(32, n)["epochs"] for n in (50, 1200, 5000, 100_000)] == [200, 50, 12, 10]
+    assert [recipe(size, 1200)["network"] for size in (16, 32, 33, 128)] == ["resnet32"] * 2 + [
+        "resnet32at32"] * 2
+    loop, annotator, soft = (recipe(64, 1200, *flags) for flags in
+                             ([], ["--split", "reference"], ["--soft-labels"]))
+    assert [(r["loss"], r["drw"]) for r in (loop, annotator, soft)] == [("focal", True), ("ce", False),
+                                                                         ("ce", False)]
+    for r in (loop, annotator, soft):
+        assert (r["batch_size"], r["schedule"], r["epochs"], r["pretrained"]) == (32, "cosine", 50, False)
+    assert (soft["head"], soft["entropy_weight"], soft["hold_out"]) == ("spinal", 0.3, 0.1)
+    assert soft["network"] == "resnet32at32"
+    papers = parse_settings(["--dataset", "folder:x", "--soft-labels", "--network", "wide_resnet101_2"])
+    classifier.complete(papers, 1200, 128)
+    assert papers.run_dir == "runs/classifier-folder_x-128px-soft-networkwide_resnet101_2-s0"  # its own
+    flags = ["--network", "resnet32", "--epochs", "200", "--batch-size", "128", "--lr", "0.1", "--schedule",
+             "steps"]
+    args = parse_settings(["--dataset", "folder:x", *flags])
+    classifier.complete(args, 1200, 64)  # LDAM-DRW's own, for rows of the papers
+    assert all(getattr(args, name) == value for name, value in classifier.PAPER_RECIPE.items())
+
+
+@torch.no_grad()
+def test_large_images_are_seen_at_32_pixels():
+    """Half as large: each pixel is the mean of 4 x 4 with the weights 1, 3, 3, 1, a triangle filter's."""
+    network, x, seen = classifier.ResNet32At32(5, **HALF).eval(), torch.rand(2, 3, 64, 64) * 2 - 1, []
+    network.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(x), network(x[:, :, :32, :32])
+    weights = torch.tensor([1.0, 3, 3, 1]) / 8
+    weights = (weights[:, None] * weights).view(1, 1, 4, 4)
+    by_hand = F.conv2d(x.view(6, 1, 64, 64), weights, stride=2, padding=1)
+    assert seen[0].shape == (2, 3, 32, 32)
+    assert torch.allclose(seen[0][..., 1:-1, 1:-1], by_hand.view(2, 3, 32, 32)[..., 1:-1, 1:-1], atol=1e-5)
+    assert torch.equal(seen[1], x[:, :, :32, :32])
+
+
+def folder_of(root, *splits):
+    """PATH/<split>/<class>/*.png, other images in each split; the name of the data set."""
+    for i, split in enumerate(splits):
+        for c in "ab":
+            (root / split / c).mkdir(parents=True)
+            for n in range(2):
+                image = np.full((8, 8, 3), 60 * i + 20 * (c == "b") + n, np.uint8)
+                PIL.Image.fromarray(image).save(root / split / c / f"{n}.png")
+    return f"folder:{root}"
+
+
+@pytest.mark.parametrize("there, annotator, tested", [
+    (["train"], 0, 0), (["train", "test"], 0, 1), (["train", "reference"], 1, 1),
+    (["train", "test", "reference"], 2, 1)])  # fmt: skip
+def test_what_the_annotator_of_a_folder_learns_from(tmp_path, monkeypatch, there, annotator, tested):
+    """From PATH/reference, else the training images; tested on PATH/test."""
+    name = folder_of(tmp_path / "x", *there)
+    args = parse_settings(["--dataset", name, "--data-dir", str(tmp_path), "--image-size", "8", "--split",
+                           "reference"])
+    learnt, test_set, _ = classifier.load_data(args, "cpu")
+    assert [learnt.images.max().item() // 60, test_set.images.max().item() // 60] == [annotator, tested]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "FOLDER_EPOCHS", (1, 1))
+    for _ in range(2):  # trained, and found again
+        found = frozen_classifier(name, tmp_path, split="reference", image_size=8, amp="off")
+    assert found.info["settings"]["training_data"] == learnt.fingerprint
+    assert found.info["tested_on_unseen_images"] == (annotator != tested)
+
+
+def test_samples_of_a_directory(tmp_path, monkeypatch):
+    """The classes of the data set are handed on: directories are labels by them."""
+    import metrics
+
+    found = []
+    images, labels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([3, 4])
+    monkeypatch.setattr(metrics, "load_samples", lambda *all: found.append(all) or (images, labels))
+    assert read(tmp_path)[0].labels.tolist() == [3, 4]
+    assert found == [(str(tmp_path), ("labels", "predicted"), list(datasets.SHAPES))]

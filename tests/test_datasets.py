@@ -1,5 +1,6 @@
 """datasets.py: which images, in which order, with which errors. Fake CIFAR files stand in for a download."""
 
+import argparse
 import colorsys
 import hashlib
 import io
@@ -9,6 +10,8 @@ import sys
 import tarfile
 import threading
 import tracemalloc
+import types
+import unicodedata
 import urllib.error
 import urllib.request
 
@@ -185,6 +188,13 @@ def test_fingerprint_hashes_the_bytes_without_copying_them():
         assert tracemalloc.get_traced_memory()[1] < images.nbytes / 10
     finally:
         tracemalloc.stop()
+    lying = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as of a prepared file
+    tracemalloc.start()
+    try:
+        assert ImageSet(lying, labels, ["a"]).fingerprint == known
+        assert tracemalloc.get_traced_memory()[1] < images.nbytes / 2  # 32 images of 100
+    finally:
+        tracemalloc.stop()
     turned = images.mT  # not contiguous: the bytes that count are those of a contiguous copy
     assert ImageSet(turned, labels, ["a"]).fingerprint == expected(turned.contiguous(), labels) != known
 
@@ -199,10 +209,31 @@ def test_unknown_names_are_answered_with_known_ones(tmp_path):
         load("shapes", tmp_path, "valid")
 
 
-@pytest.mark.parametrize("name", ["shapes", "cifar10", "cifar100imb", "folder:/somewhere"])
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "cifar100imb"])
 def test_rho_where_there_is_none(tmp_path, name):
     with pytest.raises(InputError, match="rho"):
         load(name, tmp_path, rho=10)
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10imb", "folder:/somewhere"])
+def test_a_step_needs_rho(tmp_path, name):
+    with pytest.raises(InputError, match="imbalance step needs rho"):
+        load(name, tmp_path, imbalance="step")
+
+
+def test_step_imbalance(cifar):
+    counts = datasets.long_tailed_counts
+    assert counts(10, 5, 4, "step").tolist() == [10, 10, 10, 2, 2]  # 10 / 4 rounded down
+    assert counts(49, 2, 49).tolist() == counts(49, 2, 49, "step").tolist() == [49, 1]  # 49 * (1 / 49) < 1
+    assert counts(7, 1, 7).tolist() == counts(7, 1, 7, "step").tolist() == [7]
+    with pytest.raises(InputError, match="leaves the last class without an image"):
+        counts(10, 4, 11, "step")
+    exp, step = (load("cifar10lt", cifar, image_size=SIZE, seed=3, imbalance=i) for i in ("exp", "step"))
+    assert step.counts.tolist() == [5000] * 5 + [50] * 5
+    ends = [numbers(data.images[data.labels == 0]).tolist() for data in (exp, step)]
+    assert ends[0] == ends[1]  # the same draws
+    assert load("shapeslt", ".", rho=10, imbalance="step").counts.tolist() == [1000] * 5 + [100] * 5
+    assert load("shapeslt", ".", "test", rho=10, imbalance="step").counts.tolist() == [200] * 10
 
 
 @pytest.mark.parametrize("name, size", [("shapes", 0), ("shapes", 129), ("cifar10", 7), ("folder:x", 2000)])
@@ -502,6 +533,16 @@ def test_range_and_types():
     assert x[0, 0, 0].tolist() == pytest.approx([-1, 1, -0.6]) and x.min() == -1 and x.max() == 1
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_do_not_show_how_the_images_lie_in_memory(flip):
+    prepared = np.random.RandomState(0).randint(0, 256, (30, 6, 6, 3)).astype(np.uint8)
+    data = datasets.image_set(prepared, np.arange(30) % 3, list("abc"))
+    assert data.images.data_ptr() == prepared.ctypes.data  # no copy
+    other = ImageSet(data.images.contiguous(), data.labels, data.classes)
+    (x1, y1), (x2, y2) = (next(Batches(d, 8, flip=flip)) for d in (data, other))
+    assert x1.is_contiguous() and x1.stride() == x2.stride() and torch.equal(x1, x2) and torch.equal(y1, y2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("classes", ["data", "uniform", "sqrt"])
 def test_the_order_is_the_same_on_a_gpu(classes):
@@ -541,6 +582,41 @@ def test_empty_sets_and_empty_classes():
 
 
 # Devices ----------------------------------------------------------------------------------------------------
+def test_a_class_with_a_comma_in_its_name(tmp_path):
+    args = types.SimpleNamespace(export=str(tmp_path / "there"), classes=["Finch, zebra", "kiwi, owl"])
+    classes = ["Finch, zebra", "kiwi", "owl", "zebra"]
+    network = torch.nn.Linear(1, 1)
+    assert datasets.open_export(args, network, classes) == {"Finch, zebra": 0, "kiwi": 1, "owl": 2}
+    args.classes = None
+    assert list(datasets.open_export(args, network, classes).values()) == [0, 1, 2, 3]
+
+
+def test_work_is_not_shared_where_one_process_is_alone(monkeypatch):
+    monkeypatch.setattr(datasets, "WORLD", 2)
+    assert datasets.my_part(10) == slice(0, 5)
+    monkeypatch.setattr(datasets, "ALONE", [True])
+    assert datasets.my_part(10) == slice(10)
+
+
+@pytest.mark.parametrize("dataset, seconds, said", [
+    ("cifar10", 1, ""), ("cifar10", 100, "; on a CPU, try `python cbdm.py --dataset shapeslt` first"),
+    ("folder:x", 100, "; on a CPU, try `--image-size 32 --steps 1100`, which takes about 7.6 hours, first"),
+    ("folder:x", 9, "; on a CPU, try `--image-size 32 --steps 10000`, which takes about 6.2 hours, first"),
+])
+def test_a_training_of_days_on_a_cpu(dataset, seconds, said, tmp_path, monkeypatch, capsys):
+    """100 s at 64 pixels are 25 s at 32: 1,100 steps in 8 hours."""
+    args = argparse.Namespace(dataset=dataset, image_size=64, steps=10_000, run_dir=str(tmp_path))
+    log = datasets.Log(args, ("loss",), torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["cbdm.py"])
+    clock = iter(range(0, 10**6, 10 * seconds))  # from step 5 to 15
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: next(clock))
+    with log.open(0, 10_000):
+        for _ in range(15):
+            log.add(torch.zeros(()))
+    line = capsys.readouterr().out.strip()
+    assert f"{seconds} s a step" in line and line.partition("memory")[2] == said and "\n" not in line
+
+
 def test_devices_that_are_not_there():
     assert datasets.pick_device("cpu") == torch.device("cpu")
     for name in ("abacus", "cuda:99"):
@@ -787,6 +863,7 @@ def test_folder_reference_is_the_first_of_reference_test_train(birds, tmp_path):
 def test_folder_images_of_every_kind(tmp_path):
     where = tmp_path / "kinds" / "train" / "all"
     where.mkdir(parents=True)
+    (tmp_path / "kinds" / "test").mkdir()  # so that none is held out
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = (0, 180, 0)  # the middle third, which the square crop keeps
     wide[:, :20] = wide[:, 40:] = (255, 0, 0)
@@ -800,6 +877,8 @@ def test_folder_images_of_every_kind(tmp_path):
     Image.fromarray(np.full((20, 20), 0x8000, np.uint16)).save(where / "d-grey16.png")
     solid((9, 9, 9, 0), mode="RGBA").save(where / "e-transparent.png")
     solid((40, 80, 120)).convert("P").save(where / "f-palette.gif")
+    palette = solid((40, 80, 120)).quantize(8)
+    palette.save(where / "f-palette.png", transparency=palette.getpixel((3, 3)))
     Image.fromarray(half).save(where / "g-turned.jpg", exif=upside_down, quality=95)
     solid((10, 200, 30), (3, 3)).save(where / "h-small.webp", lossless=True)
     Image.fromarray(np.indices((256, 256)).sum(0).astype(np.uint8) % 2 * 255).save(where / "i-checkers.png")
@@ -809,9 +888,10 @@ def test_folder_images_of_every_kind(tmp_path):
     assert x[0][1].min() > 120 and torch.equal(x[0], x[1].mT)  # the same image, lying and standing
     assert (x[2] == 77).all() and (x[3] == 128).all() and (x[4] == 255).all()
     assert (x[5] - torch.tensor([40, 80, 120])[:, None, None]).abs().max() < 30  # a palette of 216 colours
-    assert x[6][:, :3].max() < 20 and x[6][:, 5:].min() > 235
-    assert (x[7] == torch.tensor([10, 200, 30])[:, None, None]).all()
-    assert (x[8] - 127).abs().max() < 3  # antialiased: picking pixels would give 0 or 255
+    assert (x[6] == 255).all()  # its one colour is the transparent one
+    assert x[7][:, :3].max() < 20 and x[7][:, 5:].min() > 235
+    assert (x[8] == torch.tensor([10, 200, 30])[:, None, None]).all()
+    assert (x[9] - 127).abs().max() < 3  # antialiased: picking pixels would give 0 or 255
 
 
 def test_folder_is_prepared_once_and_again_after_a_change(birds, tmp_path, monkeypatch, capsys):
@@ -847,18 +927,19 @@ def test_folder_with_a_broken_image(birds, tmp_path):
         (birds / "train/owl/1.png").write_bytes(content)
         with pytest.raises(InputError, match=r"train/owl/1\.png"):
             load(f"folder:{birds}", tmp_path / "data", image_size=SIZE)
-    assert not (tmp_path / "data").exists()
+    assert os.listdir(tmp_path / "data") == []
 
 
 def faults(name, data_dir, split="train"):
     """The one line in which a folder is refused."""
     with pytest.raises(InputError) as caught:
         load(name, data_dir, split, SIZE)
-    assert not data_dir.exists() and "\n" not in str(caught.value)
+    assert not list(data_dir.glob("*")) and "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_all_broken_images_are_told_at_once(birds, tmp_path):
+def test_all_broken_images_are_told_at_once(birds, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "FAULTS_SHOWN", 10)
     whole = {}
     for i in range(14):
         path = birds / f"train/owl/{i:02d}.jpg"
@@ -1006,9 +1087,9 @@ def test_images_are_read_by_several_threads_in_their_order(monkeypatch):
         return np.full((size, size, 3), file, np.uint8)
 
     monkeypatch.setattr(datasets, "read_image", read_image)
-    images = datasets.read_images(range(50), SIZE, "reading")
-    assert images.dtype == np.uint8 and images.shape == (50, SIZE, SIZE, 3)
-    assert (images == np.arange(50)[:, None, None, None]).all()
+    images = np.stack([*datasets.read_images(range(150), SIZE, "reading")])
+    assert images.dtype == np.uint8 and images.shape == (150, SIZE, SIZE, 3)
+    assert (images == np.arange(150)[:, None, None, None]).all()
 
 
 def test_preparing_takes_the_memory_of_the_images_once(tmp_path, monkeypatch):
@@ -1016,18 +1097,20 @@ def test_preparing_takes_the_memory_of_the_images_once(tmp_path, monkeypatch):
         path = tmp_path / "many" / "train" / "all" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    (tmp_path / "many" / "test").mkdir()
+
     def read_image(path, size):
-        return np.full((size, size, 3), int(path.stem), np.uint8)
+        return np.full((size, size, 3), int(os.path.basename(path).removesuffix(".png")), np.uint8)
 
     monkeypatch.setattr(datasets, "read_image", read_image)
     tracemalloc.start()  # it sees NumPy's memory, not torch's
     try:
-        images = load(f"folder:{tmp_path / 'many'}", tmp_path, image_size=512).images
+        images = load(f"folder:{tmp_path / 'many'}", tmp_path / "data", image_size=512).images
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert images[:, 2, 5, 7].tolist() == sorted(range(64), key=str)
-    assert peak < 1.5 * images.nbytes  # np.savez writes 16 MiB at a time
+    assert images[:, 2, 5, 7].tolist() == sorted(range(64), key=lambda i: f"{i}.png")
+    assert peak < 1.1 * images.nbytes and os.listdir(tmp_path / "data") == ["folder-many-train-512.npz"]
 
 
 def test_classes_directly_in_the_folder_are_training_images(birds, tmp_path):
@@ -1129,6 +1212,198 @@ def test_images_taken_away_and_classes_renamed(birds, tmp_path):
     assert data.classes == ["owl", "wren"] and data.counts.tolist() == [2, 1]
 
 
+# Held out of a folder ---------------------------------------------------------------------------------------
+def write_class(where, n, c=0):
+    """n pictures 0.png, 1.png ...; the colour of each tells c and its number."""
+    where.mkdir(parents=True)
+    for i in range(n):
+        solid((c, i, 0)).save(where / f"{i}.png")
+
+
+def parts(name, data_dir, split):
+    """{(c, number)} of a split of what `write_class` wrote."""
+    return list(map(tuple, load(name, data_dir, split, SIZE).images[:, :2, 3, 3].tolist()))
+
+
+@pytest.mark.parametrize("below", ["train", "."])
+def test_a_fifth_of_each_class_is_held_out(tmp_path, below):
+    root, name, data_dir = tmp_path / "pets", f"folder:{tmp_path / 'pets'}", tmp_path / "data"
+    for c, (kind, n) in enumerate([("cat", 12), ("dog", 4), ("fish", 5)]):
+        write_class(root / below / kind, n, c)
+    expected = []
+    for c, (kind, n, out) in enumerate([("cat", 12, 2), ("dog", 4, 0), ("fish", 5, 1)]):
+        by_hash = sorted(range(n), key=lambda i: hashlib.sha256(f"{kind}/{i}.png".encode()).hexdigest())
+        expected += [(c, i) for i in sorted(by_hash[:out], key=str)]
+    train = parts(name, data_dir, "train")
+    assert set(os.listdir(data_dir)) == {f"folder-pets-{split}-{SIZE}.npz" for split in ("train", "test")}
+    assert parts(name, data_dir, "reference") == parts(name, data_dir, "test") == expected
+    assert sorted(train + expected) == [(c, i) for c, n in enumerate((12, 4, 5)) for i in range(n)]
+    reference = load(name, data_dir, "reference", SIZE)
+    assert reference.classes == ["cat", "dog", "fish"] and reference.counts.tolist() == [2, 0, 1]
+    assert load(name, data_dir, image_size=SIZE).counts.tolist() == [10, 4, 4] and reference.summary
+
+    root.rename(tmp_path / "gone")  # the prepared arrays are enough
+    assert parts(name, data_dir, "train") == train and parts(name, data_dir, "reference") == expected
+    (tmp_path / "gone").rename(root)
+    for i in range(4, 10):  # now ten dogs, two of them apart
+        solid((1, i, 0)).save(root / below / f"dog/{i}.png")
+    assert load(name, data_dir, "reference", SIZE).counts.tolist() == [2, 2, 1]
+    assert load(name, data_dir, image_size=SIZE).counts.tolist() == [10, 8, 4]
+
+
+def test_at_most_a_hundred_are_held_out():
+    files = [f"/somewhere/{i}.png" for i in range(2_000)]
+    assert [len(datasets.held_out("c", files[:n])) for n in (4, 5, 499, 500, 2_000)] == [0, 1, 99, 100, 100]
+    assert datasets.held_out("c", files) != datasets.held_out("d", files)
+    # What is held out hardly depends on how many there are.
+    assert len(datasets.held_out("c", files[:450]) & datasets.held_out("c", files[:440])) > 80
+
+
+def test_nothing_is_held_out_of_a_folder_with_a_reference_or_of_tiny_classes(tmp_path):
+    root, name, data_dir = tmp_path / "pets", f"folder:{tmp_path / 'pets'}", tmp_path / "data"
+    write_class(root / "train/cat", 4)
+    assert parts(name, data_dir, "reference") == parts(name, data_dir, "train") == [(0, i) for i in range(4)]
+    with pytest.raises(InputError, match="has no test images"):
+        load(name, data_dir, "test", SIZE)
+    write_class(root / "reference/cat", 1, 7)
+    for i in range(4, 9):
+        solid((0, i, 0)).save(root / f"train/cat/{i}.png")
+    assert len(parts(name, data_dir, "train")) == 9 and parts(name, data_dir, "reference") == [(7, 0)]
+    with pytest.raises(InputError, match="has no test images"):
+        load(name, data_dir, "test", SIZE)
+
+
+def test_names_are_those_of_linux_on_macos_too(tmp_path):
+    """There an umlaut may be two characters, and O comes before Z."""
+    sets = {}
+    for form in ("NFC", "NFD"):
+        for c, kind in enumerate(("Zebra", "Öl und Essig")):
+            where = tmp_path / form / unicodedata.normalize(form, kind)
+            where.mkdir(parents=True)
+            for i in range(30):
+                solid((c, i, 0)).save(where / unicodedata.normalize(form, f"grün {i:02d} ü.png"))
+        name = f"folder:{tmp_path / form}"
+        sets[form] = load(name, tmp_path / "data", image_size=SIZE).classes, *(
+            parts(name, tmp_path / "data", split) for split in ("train", "test"))
+    assert os.listdir(tmp_path / "NFC") != os.listdir(tmp_path / "NFD")
+    assert sets["NFC"] == sets["NFD"] and sets["NFC"][0] == ["Zebra", "Öl und Essig"]
+    assert sets["NFC"][2] != sorted(sets["NFC"][2])[:6] and len(sets["NFC"][2]) == 12
+
+
+def test_a_folder_can_be_thinned(tmp_path):
+    name, data_dir = f"folder:{tmp_path / 'pets'}", tmp_path / "data"
+    for c, n in enumerate((12, 8, 9)):
+        write_class(tmp_path / "pets/train" / "abc"[c], n, c)
+        write_class(tmp_path / "pets/test" / "abc"[c], 2, c)
+    assert load(name, data_dir, image_size=SIZE).counts.tolist() == [12, 8, 9]
+    exp = load(name, data_dir, image_size=SIZE, rho=4)
+    assert exp.counts.tolist() == [8, 4, 2]  # the smallest class has 8
+    assert load(name, data_dir, image_size=SIZE, rho=3, imbalance="step").counts.tolist() == [8, 8, 2]
+    random_state, expected = np.random.RandomState(5), []
+    for c, (n, kept) in enumerate([(12, 8), (8, 4), (9, 2)]):
+        files = sorted(range(n), key=lambda i: f"{i}.png")
+        random_state.shuffle(files)
+        expected += [(c, i) for i in files[:kept]]
+    images = load(name, data_dir, "train", SIZE, 4, seed=5).images
+    assert list(map(tuple, images[:, :2, 3, 3].tolist())) == expected
+    for split in ("reference", "test"):
+        assert load(name, data_dir, split, SIZE, 4, imbalance="step").counts.tolist() == [2, 2, 2]
+    with pytest.raises(InputError, match="rho 9 leaves the last class .* the head class has 8"):
+        load(name, data_dir, image_size=SIZE, rho=9)
+
+
+# Preparing a folder -----------------------------------------------------------------------------------------
+def test_a_preparation_that_was_cut_short_resumes(tmp_path, monkeypatch):
+    name, data_dir = f"folder:{tmp_path / 'pets'}", tmp_path / "data"
+    write_class(tmp_path / "pets/train/cat", 100)
+    (tmp_path / "pets/test").mkdir()
+    read, seen = datasets.read_image, []
+
+    def stopped(path, size):
+        if path.endswith("/cat/77.png"):
+            raise KeyboardInterrupt
+        return read(path, size)
+
+    def counted(path, size):
+        seen.append(path)
+        return read(path, size)
+
+    order = sorted(range(100), key=lambda i: f"{i}.png")
+    for changed, left in ((False, 100 - order.index(77)), (True, 100)):
+        monkeypatch.setattr(datasets, "read_image", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            load(name, data_dir, image_size=SIZE)
+        assert os.listdir(data_dir) == [f"folder-pets-train-{SIZE}.part"]
+        with open(data_dir / f"folder-pets-train-{SIZE}.part", "ab") as file:
+            file.write(b"half an image")
+        if changed:
+            os.utime(tmp_path / "pets/train/cat/5.png", ns=(1, 1))
+        monkeypatch.setattr(datasets, "read_image", counted)
+        assert parts(name, data_dir, "train") == [(0, i) for i in order] and len(seen) == left
+        assert os.listdir(data_dir) == [f"folder-pets-train-{SIZE}.npz"]
+        (data_dir / f"folder-pets-train-{SIZE}.npz").unlink()
+        seen.clear()
+
+
+def test_one_picture_in_two_classes_is_warned_of(birds, tmp_path, capsys):
+    for kind, name in (("owl", "x"), ("owl", "y"), ("kiwi", "b")):
+        solid((7, 7, 7)).save(birds / f"train/{kind}/{name}.png")
+    load(f"folder:{birds}", tmp_path / "data", image_size=SIZE)
+    said = capsys.readouterr().err
+    assert f"{birds}/train/kiwi/b.png and {birds}/train/owl/x.png: one picture in two classes; 2 such" in said
+    (birds / "train/kiwi/b.png").unlink()  # twice in one class
+    load(f"folder:{birds}", tmp_path / "data", image_size=SIZE)
+    assert "one picture" not in capsys.readouterr().err
+
+
+def test_a_data_directory_that_refuses_the_images(birds, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write .*file/folder-birds-train-8.part"):
+        load(f"folder:{birds}", tmp_path / "file", image_size=SIZE)
+
+
+# Pictures as they are ---------------------------------------------------------------------------------------
+def test_pictures_as_they_are(tmp_path):
+    write_class(tmp_path / "b/tit", 3, 1)
+    write_class(tmp_path / "b/Öl", 2, 2)
+    (tmp_path / "b/tit/notes.txt").touch()
+    images, labels, names = datasets.load_images(tmp_path / "b")
+    assert images.shape == (5, 3, 20, 20) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert images[:, :2, 3, 3].tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+    assert labels.tolist() == [0, 0, 0, 1, 1] and names == ["tit", "Öl"]
+    _, labels, names = datasets.load_images(str(tmp_path / "b"), ["Öl", "emu", "tit"])
+    assert labels.tolist() == [2, 2, 2, 0, 0] and names == ["Öl", "emu", "tit"]
+    images, labels, names = datasets.load_images(tmp_path / "b/tit")
+    assert len(images) == 3 and labels is None and names is None
+    assert datasets.load_images(tmp_path / "b/tit", ["x", "y"])[1:] == (None, ["x", "y"])
+    noise = np.random.RandomState(0).randint(0, 256, (20, 20, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "b/tit/9.png")
+    images, *_ = datasets.load_images(tmp_path / "b/tit")
+    assert (images[3].permute(1, 2, 0).numpy() == noise).all()  # not resampled
+    with pytest.raises(InputError, match="b/tit is none of the 2 classes, such as tits"):
+        datasets.load_images(tmp_path / "b", ["tits", "Öl"])
+
+
+def test_pictures_that_do_not_go_together(tmp_path):
+    def error(where):
+        with pytest.raises(InputError) as caught:
+            datasets.load_images(where)
+        return str(caught.value)
+
+    assert "cannot list" in error(tmp_path / "nowhere") and "has no images" in error(tmp_path)
+    write_class(tmp_path / "b/tit", 3)
+    solid((1, 1, 1), (20, 21)).save(tmp_path / "b/tit/1.png")
+    assert f"{tmp_path}/b/tit/0.png has 20 x 20 pixels, {tmp_path}/b/tit/1.png 20 x 21;" in error(
+        tmp_path / "b")
+    (tmp_path / "b/tit/1.png").write_bytes(b"no image")
+    assert "cannot read 1 of 3 images" in error(tmp_path / "b")
+    (tmp_path / "b/emu").mkdir()
+    assert "b/emu has no images" in error(tmp_path / "b")
+    (tmp_path / "b/emu").rmdir()
+    solid((1, 1, 1)).save(tmp_path / "b/x.png")
+    assert "has both " in error(tmp_path / "b")
+
+
 # python datasets.py -----------------------------------------------------------------------------------------
 def bar_lengths(path, rows):
     """How many pixels of the bars' colour each row of a picture has."""
@@ -1176,7 +1451,15 @@ def test_command_orders_by_count_and_does_without_a_test_split(birds, tmp_path, 
     assert text.index("owl") < text.index("kiwi") and "2 reference images, 2 test images" in text
     (birds / "test").rename(birds / "elsewhere")
     assert command(monkeypatch, f"folder:{birds}", "--data-dir", tmp_path / "data") == 0
-    assert "4 reference images, 0 test images" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "4 reference images, 0 test images" in text and "held out" not in text
+    for i in range(3, 10):
+        solid((200, 20 * i, 0)).save(birds / f"train/owl/{i}.png")
+    flags = ["--data-dir", tmp_path / "data", "--rho", 1, "--imbalance", "step"]
+    assert command(monkeypatch, f"folder:{birds}", *flags) == 0
+    text = capsys.readouterr().out
+    assert "2 reference images, 2 test images, held out: of n images a class n // 5" in text
+    assert "2 training images" in text  # one of each class
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -1188,6 +1471,7 @@ def test_command_orders_by_count_and_does_without_a_test_split(birds, tmp_path, 
     (["shapes", "--out", "file/picture.png"], "cannot write"),
     (["shapeslt", "--rho", "0.5"], "rho is 0.5"),
     (["shapeslt", "--rho", "1e6"], "the head class has 1000"),
+    (["shapes", "--imbalance", "step"], "imbalance step needs rho"),
     (["shapes", "--image", "8"], "unrecognized"),  # no abbreviations
     (["folder:nowhere"], "is no directory"),
     (["cifar10", "--data-dir", "file"], "cannot make the data directory file"),

@@ -766,7 +766,7 @@ def folder(where, *counts):
 def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     """Two classes, one of a single image; also: its distance has no covariance, and is left out."""
     monkeypatch.chdir(tmp_path)
-    run = [*TINY[4:], *folder(tmp_path / "mine", 9, 1)]
+    run = [*TINY[4:], *folder(tmp_path / "mine", 11, 1)]  # two of the eleven are held out
     classifier.main([*run[-6:], "--soft-labels", "--epochs", "1", "--run-dir", "c"])
     shown = datasets.load(run[-5], run[-1], "train", 16).fingerprint
     (tmp_path / "run").mkdir()
@@ -780,6 +780,13 @@ def test_a_class_that_the_labels_forget_is_named(tmp_path, capsys, monkeypatch):
     assert scores["per_class"][1]["fd"] is None and scores["per_class"][0]["fd"] > 0
     assert scores["all"]["fd"] > 0
     assert [row["images_that_count"] for row in scores["per_class"]] == [10, 10]
+
+
+def test_a_step_of_imbalance(tmp_path):
+    run = [*TINY, "--labels", "onehot", "--steps", "1", "--imbalance", "step", "--run-dir", str(tmp_path)]
+    softlabel_gan.main(run)
+    train = datasets.load("shapeslt", "data", rho=100, imbalance="step")
+    assert state_of(tmp_path)["settings"]["training_data"] == train.fingerprint
 
 
 def test_larger_networks_have_another_eps_in_adam(tmp_path):
@@ -798,6 +805,58 @@ def test_one_class_is_refused(tmp_path):
         softlabel_gan.main(run)
 
 
+# --------------------------------------------------------------------------- a folder of your own, --export
+
+
+def test_settings_follow_from_the_folder(tmp_path):
+    np.savez(tmp_path / "folder-x-train-64.npz", labels=np.zeros(200, int), classes=["a", "b"])
+    folder = ["--dataset", "folder:x", "--data-dir", str(tmp_path), "--image-size"]
+    a = softlabel_gan.parse_settings([*folder, "64"])  # 200 * 4950 / 32 = 30,937.5
+    assert (a.recipe, a.steps, a.eval_images, a.sample_every) == ("folder", 30_900, 500, 1545)
+    assert (a.image_size, a.batch_size, a.d_steps, a.lr, a.width) == (64, 32, 1, 1e-4, 16)
+    b = softlabel_gan.parse_settings([*folder, "16"])
+    assert (b.image_size, b.lr, b.width, b.diffaug) == (16, 2e-4, 32, "color,translation,cutout")
+    paper = softlabel_gan.parse_settings([*folder, "64", "--recipe", "paper"])
+    assert (paper.steps, paper.width, paper.batch_size) == (28_300, 80, 512)
+    assert softlabel_gan.parse_settings(["--dataset", "cifar10imb"]).recipe == "paper"
+
+
+def test_pictures_of_classes_and_of_a_mixture(tmp_path):
+    """Those of G with these labels, rounded; a mixture lies between its classes, and is none of them."""
+    run = [*TINY, "--labels", "onehot", "--amp", "off", "--lr", "0.01", "--run-dir", str(tmp_path / "run")]
+    softlabel_gan.main(run)
+    pictures = [*run, "--eval-only", "--export", str(tmp_path / "pictures"), "--per-class", "3"]
+    softlabel_gan.main([*pictures, "--classes", "star,disc"])
+    softlabel_gan.main([*pictures, "--soft-label", "star:0.75,disc:0.25"])
+    where = tmp_path / "pictures"
+    assert sorted(f.name for f in where.iterdir()) == ["disc", "export.json", "star", "star 0.75 disc 0.25"]
+    state = state_of(tmp_path / "run")
+    G = Generator(16, state["settings"]["width"], 10).eval()
+    G.load_state_dict(state["ema"])
+    star, disc = F.one_hot(torch.tensor([5, 0]), 10).float()
+    labels = {"star": (5, star), "disc": (0, disc), "star 0.75 disc 0.25": (10, 0.75 * star + 0.25 * disc)}
+    n = datasets.images_at_once(datasets.EXPORT_AT_ONCE, 16)
+    for name, (k, y) in labels.items():
+        seed = datasets.seed_from(softlabel_gan.EXPORT, datasets.seed_from(0, k, 0))
+        z = torch.randn(n, 128, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            x = ((G(z[:3], y.expand(3, 10)) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+        files = sorted((where / name).iterdir())
+        assert [f.name for f in files] == ["00001.png", "00002.png", "00003.png"]
+        for image, file in zip(x, files, strict=True):
+            assert np.abs(image - np.asarray(Image.open(file), dtype=float)).max() < 0.51
+    for flags, message in ((["--soft-label", "star:0.5,disc:0.6"], "sum to 1"),
+                           (["--soft-label", "star:1.5,disc:-0.5"], "sum to 1"),
+                           (["--soft-label", "star"], "sum to 1"),
+                           (["--soft-label", "stare:1"], "'stare'; there are star"),
+                           (["--soft-label", "star:1", "--classes", "disc"], "in place of")):
+        with pytest.raises(InputError, match=message):
+            softlabel_gan.main([*pictures, *flags])
+    with pytest.raises(InputError, match="for --export"):
+        softlabel_gan.main([*run, "--soft-label", "star:1"])
+    assert len(list(where.iterdir())) == 4
+
+
 # ------------------------------------------------------------------------------ settings and errors
 
 
@@ -807,7 +866,8 @@ def test_defaults_are_the_papers():
     assert (args.batch_size, args.lr, args.lr_d, args.d_steps) == (128, 2e-4, 2e-4, 4)
     assert args.eval_images == 10_000
     for size, batch in ((64, 512), (128, 32)):
-        args = softlabel_gan.parse_settings(["--dataset", "folder:x", "--image-size", str(size)])
+        args = softlabel_gan.parse_settings(["--dataset", "folder:x", "--recipe", "paper", "--image-size",
+                                             str(size)])
         assert (args.batch_size, args.lr, args.lr_d, args.width) == (batch, 1e-4, 4e-4, 80)
     named = softlabel_gan.parse_settings(["--dataset", "cifar10imb"]).run_dir
     assert named == "runs/softlabel_gan-cifar10imb-s0"
