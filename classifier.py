@@ -619,8 +619,8 @@ def augment(images, crop_padding, flip, generator):
 def outputs(network, images, device="cpu", batch_size=None):
     """images (N, 3, H, W) uint8 -> logits (N, K) on the CPU of an eval-mode network."""
     batch_size = batch_size or getattr(network, "batch", 200)
-    batches = (x.contiguous().to(device) for x in images.split(batch_size))
-    return torch.cat([network(x / 127.5 - 1).cpu() for x in batches])
+    batches = images.split(batch_size)
+    return torch.cat([network(x.contiguous().to(device) / 127.5 - 1).cpu() for x in batches])
 
 
 def predict(network, images, device="cpu", batch_size=None):
@@ -979,7 +979,7 @@ def train(args, path=None):
                 if i == 0 or step == start:
                     weight = drw_weights(learnt.counts, epoch if args.drw else 0, epochs).to(device)
                 index = order[i * B : (i + 1) * B].to(device)
-                x = augment(images[index].contiguous(), args.crop_padding, args.flip, generator) / 127.5 - 1
+                x = augment(images[index], args.crop_padding, args.flip, generator) / 127.5 - 1
 
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = network(x).float()

@@ -1345,6 +1345,15 @@ def test_a_preparation_that_was_cut_short_resumes(tmp_path, monkeypatch):
         seen.clear()
 
 
+def test_no_image_follows_one_that_cannot_be_read(birds):
+    """They would not be where a preparation that resumes looks for them."""
+    (birds / "train/owl/1.png").write_bytes(b"no image")
+    files, images = [birds / f"train/owl/{i}.png" for i in range(3)], []
+    with pytest.raises(InputError, match="cannot read 1 of 3 images"):
+        images.extend(datasets.read_images(files, SIZE, "reading"))
+    assert len(images) == 1
+
+
 def test_one_picture_in_two_classes_is_warned_of(birds, tmp_path, capsys):
     for kind, name in (("owl", "x"), ("owl", "y"), ("kiwi", "b")):
         solid((7, 7, 7)).save(birds / f"train/{kind}/{name}.png")
@@ -1373,6 +1382,8 @@ def test_pictures_as_they_are(tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1] and names == ["tit", "Öl"]
     _, labels, names = datasets.load_images(str(tmp_path / "b"), ["Öl", "emu", "tit"])
     assert labels.tolist() == [2, 2, 2, 0, 0] and names == ["Öl", "emu", "tit"]
+    _, labels, names = datasets.load_images(tmp_path / "b", [unicodedata.normalize("NFD", "Öl"), "tit"])
+    assert labels.tolist() == [1, 1, 1, 0, 0] and names == ["Öl", "tit"]
     images, labels, names = datasets.load_images(tmp_path / "b/tit")
     assert len(images) == 3 and labels is None and names is None
     assert datasets.load_images(tmp_path / "b/tit", ["x", "y"])[1:] == (None, ["x", "y"])
