@@ -96,7 +96,7 @@ def stop(process, where, file, number):
     return out, err
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def few(judges):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "SHAPES_PER_CLASS", FEW)
@@ -106,7 +106,7 @@ def few(judges):
 
 
 @pytest.fixture(scope="module")
-def both(judges, tmp_path_factory):
+def both(few, judges, tmp_path_factory):
     """Every run with one process, here; with two, all of them in one start; one that changes after three
     steps from two processes to one; and one of which a single process is told to stop."""
     where = tmp_path_factory.mktemp("processes")
@@ -234,7 +234,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_is_saved(both):
     assert state_of(run)["step"] == state["step"] + 1
 
 
-def test_the_sudden_death_of_a_process_ends_all_and_the_run_resumes(tmp_path):
+def test_the_sudden_death_of_a_process_ends_all_and_the_run_resumes(few, tmp_path):
     run = tmp_path / "run"
     process = torchrun([endless(run, 20)], tmp_path)
     stop(process, tmp_path, run / "checkpoint.pt", signal.SIGKILL)
