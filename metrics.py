@@ -192,7 +192,7 @@ def extract_features(images, network, device="cpu", batch_size=100):
                **datasets.SILENT)
     for start in bar:
         batch = slice(start, start + batch_size)
-        outputs = [x.float().cpu().numpy() for x in network.forward(images[batch].to(device))]
+        outputs = [x.float().cpu().numpy() for x in network.forward(images[batch].contiguous().to(device))]
         if features is None:  # whole arrays at once: a list of parts would need twice the memory in the end
             features, probabilities = (np.empty((len(images), x.shape[1]), np.float32) for x in outputs)
         features[batch], probabilities[batch] = outputs
@@ -837,7 +837,7 @@ def reference_features(real, key, network, data_dir, device, batch_size):
         tqdm.write(f"{path.name} holds other features than the network gives now; all are extracted again")
         return False
 
-    made_from = f"{network.fingerprint} {hashlib.sha256(real.images.numpy().tobytes()).hexdigest()}"
+    made_from = f"{network.fingerprint} {real.fingerprint}"
     return cached(path, made_from, lambda: {"features": extract(real.images)}, still_right)["features"]
 
 
@@ -1226,9 +1226,10 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             result[group][name] = mean_with_error(rows, name)[0]
     result["all"].setdefault("kl_to_uniform", None)
     accuracy = network.info and network.info["test_accuracy"]["all"]
-    protocol = {"dataset": name_of(dataset), "image_size": size, "rho": rho, "features": network.name,
-                "metric": network.metric, "reference": reference, "reference_images": len(real.labels),
-                "samples": len(images), "scores": wanted, "labels": labels is not None, "floor": floor_split,
+    protocol = {"dataset": name_of(dataset), "image_size": size, "rho": rho, "imbalance": imbalance,
+                "features": network.name, "metric": network.metric, "reference": reference,
+                "reference_images": len(real.labels), "samples": len(images), "scores": wanted,
+                "labels": labels is not None, "floor": floor_split,
                 "classifier_accuracy": accuracy} | ({"left_out": left_out} if left_out else {})  # fmt: skip
     return {"protocol": protocol, **result, "per_class": per_class}
 

@@ -1183,6 +1183,24 @@ def blurred(images):
     return (scipy.ndimage.gaussian_filter(images.numpy().astype(float), (0, 0, 1, 1))).astype(np.uint8)
 
 
+def test_each_bad_tail_is_seen_by_more_than_three_errors(data_dir, samples):
+    """Copies, five pictures repeated, pictures of other classes, blur: each by the score that is for it."""
+    images, labels = samples
+    train = datasets.load("shapeslt", data_dir, "train", SIZE)
+    copied, collapsed, wrong, blurry = (images.clone() for _ in range(4))
+    for k in (7, 8, 9):
+        copied[labels == k] = train.images[train.labels == k].repeat(6, 1, 1, 1)[:50]
+        collapsed[labels == k] = images[labels == k][torch.arange(50) % 5]
+        wrong[labels == k] = images[labels == k - 5]
+    blurry[labels >= 7] = torch.from_numpy(blurred(images[labels >= 7]))
+    scores = functools.partial(shapes_result, data_dir, labels=labels, errors=True, scores="fid,dc,copies")
+    good = scores(images=images)["tail"]
+    for bad, score in ((copied, "copies"), (collapsed, "coverage"), (wrong, "fd"), (blurry, "fd")):
+        tail, name = scores(images=bad)["tail"], f"intra_{score}"
+        error = np.hypot(good[f"{name}_error"], tail[f"{name}_error"])
+        assert abs(tail[name] - good[name]) > 3 * error, score
+
+
 def test_a_page_that_needs_nothing_else(data_dir, samples, tmp_path, monkeypatch, capsys):
     """Two runs, one with a blurred tail, given as a directory of pictures: scores, differences, pictures."""
     images, labels = samples
