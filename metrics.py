@@ -1619,8 +1619,6 @@ def parse_args():
         if args.against:
             fail("--nearest shows training images; --against has none")
         args.scores += ",copies"
-    if args.report and importlib.util.find_spec("matplotlib"):
-        args.plot = args.plot or "fd"
     if args.plot:
         of = [name for name, fields in SCORES.items() if args.plot in fields]
         if not of:
@@ -1662,6 +1660,9 @@ def main():
         classes = load(args.reference).classes
     samples = {path: load_samples(path, classes=classes) for path in args.samples}
     size = samples[args.samples[0]][0].shape[-1]
+    labelled = all(labels is not None for _, labels in samples.values())
+    if args.report and labelled and "fid" in chosen_scores(args.scores):
+        args.plot = args.plot or ("fd" if importlib.util.find_spec("matplotlib") else None)
     for path, (images, labels) in samples.items():
         if labels is None and (args.plot or args.nearest):
             fail(f"{path} has no labels, which --plot and --nearest need")

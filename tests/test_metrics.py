@@ -1221,6 +1221,10 @@ def test_a_page_that_needs_nothing_else(data_dir, samples, tmp_path, monkeypatch
     assert page.count("src='data:image/png;base64,") >= 4 and "http" not in page and "<script" not in page
     assert "of each class against good.npz" in page
 
+    datasets.save_samples(tmp_path / "unlabelled.npz", images)  # an unconditional GAN's
+    command(monkeypatch, tmp_path, "unlabelled.npz", *flags)
+    assert "The samples have no labels" in (tmp_path / "page.html").read_text()
+
     command(monkeypatch, tmp_path, "good.npz", "--against", "bad", "--features",
             f"classifier:{data_dir}/classifier-shapes-{SIZE}.pt")  # fmt: skip
     assert "500 samples against 500 images (other images" in capsys.readouterr().out
