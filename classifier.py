@@ -189,7 +189,8 @@ def parse_settings(argv=None):
     args = parser.parse_args(argv)
 
     if args.split == "reference":  # the same annotator for cifar10, cifar10lt at any rho, and cifar10imb
-        args.dataset, args.rho, args.imbalance = balanced(args.dataset), None, "exp"
+        args.dataset = balanced(args.dataset)
+        args.rho, args.imbalance = None, "exp"
     if args.rho is None and args.dataset in datasets.LONG_TAILED:
         args.rho = datasets.DEFAULT_RHO
     given = {"--split reference": args.split == "reference", "--train-on": args.train_on, "--add": args.add,

@@ -464,7 +464,8 @@ def prepare_folder(root, split, size, path):
         changed = directory_of(root, split)
         print(f"{changed} has changed since {path} was prepared; preparing it again", file=sys.stderr)
     # The images go to a part file, not to memory; a preparation that was cut short resumes from it.
-    part, head, image_bytes = path.with_suffix(".part"), fingerprint.encode(), 3 * size**2
+    part, head = path.with_suffix(".part"), fingerprint.encode()
+    image_bytes = 3 * size**2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not part.exists() or part.open("rb").read(len(head)) != head:  # of other files
@@ -1470,7 +1471,8 @@ class Log:
     """
 
     def __init__(self, args, names, device, about_sampling=None):
-        self.args, self.device, self.about_sampling = args, device, about_sampling
+        self.args, self.device = args, device
+        self.about_sampling = about_sampling
         self.path, self.names = Path(args.run_dir) / "log.jsonl", names
         self.checkpoint = self.path.with_name("checkpoint.pt")
         self.sums, self.added = torch.zeros(len(names), device=device), 0
@@ -1732,7 +1734,8 @@ def export_by_look(args, network, classes, draw):
     """
     with first_process_first():
         wanted = open_export(args, network, classes)
-        seen, table, rows = dict.fromkeys(wanted.values(), 0), Path(args.export) / "certainty.csv", {}
+        seen, rows = dict.fromkeys(wanted.values(), 0), {}
+        table = Path(args.export) / "certainty.csv"
         if RANK:
             return
         if table.exists():  # of other classes, or of more pictures

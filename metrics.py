@@ -622,7 +622,8 @@ def lpips_sums(images, network, device="cpu", batch_size=100):
     sums_on = network.weights[0].device
     groups = []
     for g in range(min(len(images), GROUPS)):
-        n, total, squares = 0, [0.0] * 5, [0.0] * 5
+        n = 0
+        total, squares = [0.0] * 5, [0.0] * 5
         for batch in torch.as_tensor(images[g::GROUPS]).split(batch_size):
             features = [f.to(sums_on).double() for f in lpips_features(batch.to(device), network)]
             n += len(batch)
@@ -870,7 +871,8 @@ def load_reference(real, dataset, data_dir, features, reference, rho, device, ba
     features None: for the shapes data their annotator, which is trained now (seconds) if need be; else
     inception; for a folder, where Inception's weights can't be had, a classifier of its classes.
     """
-    classes, size, network = real.classes, real.images.shape[-1], None
+    classes, size = real.classes, real.images.shape[-1]
+    network = None
     folder, shapes = (name_of(dataset).startswith(kind) for kind in ("folder:", "shapes"))
     if features is None and not shapes:
         try:
@@ -946,10 +948,10 @@ def compare(real, fake, names, clusters, real_radii=None, real_moments=None):
 #
 #     error^2 = (g - 1) / g * sum_i (score_i - mean of these)^2,     g = 20
 #
-# The bootstrap would draw images twice, which a nearest neighbour takes for a copy. Of 100 sets of samples
-# the expected score lies within two errors in 94 (FD, density), 97 (KID) and 98 (recall, coverage: their
-# errors come out too large, up to 1.7 times); tests/test_metrics.py counts. The samples of two classes are
-# independent, so the error of a mean over classes follows from theirs.
+# The bootstrap would draw images twice, which a nearest neighbour takes for a copy. Of 100 sets of 60
+# samples from a known distribution (a test counts) the expected score lies within two errors in 95 (FD,
+# precision), 91 (KID), 96 (density), 98 (recall), 97 (coverage); the errors of the last two are 1.4 and 1.3
+# times the true ones. The samples of two classes are independent: so the error of a mean over classes.
 GROUPS = 20
 
 
@@ -1080,7 +1082,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             rho = datasets.DEFAULT_RHO
         load = functools.partial(datasets.load, dataset, data_dir, image_size=image_size, rho=rho,
                                  imbalance=imbalance)
-        real, train, name = load(reference), load("train"), dataset
+        real, train = load(reference), load("train")
+        name = dataset
     K, size = len(real.classes), real.images.shape[-1]
     if images.shape[1:] != real.images.shape[1:]:
         raise InputError(f"samples are {images.shape[-2]} x {images.shape[-1]} pixels and {name} "
@@ -1563,7 +1566,8 @@ def write_report(results, pictures, path):
 # --------------------------------------------------------------------------------------------------
 COSTS = """\
 what --scores takes, with seconds for 10,000 against 10,000 images, 2,048 features, 100 classes included
-(two cores of an AMD EPYC that other jobs ran on too; without the features; all but lpips together 118 s)
+(two cores of an AMD EPYC that other jobs ran on too; without the features; all but lpips together 118 s;
+without standard errors, for which each score is computed 20 times more: see --no-errors)
   fid     9 s  Frechet distance, of all and within classes
   is      0 s  Inception Score
   kid    36 s  kernel distance, unbiased, over all pairs of images, and over subsets of 1,000
@@ -1571,6 +1575,8 @@ what --scores takes, with seconds for 10,000 against 10,000 images, 2,048 featur
   dc           density and coverage; with pr nothing more
   prd    46 s  F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
   lpips        mean LPIPS over all pairs of samples: a pass through AlexNet each; needs their weights
+  copies       the training image nearest to each sample; of held-out images too
+  colours      pictures whose colours are unlike those of their class, by histograms (Softlabel-GAN, Fig. 7)
 kid, pr and dc take four times as long for twice the images on both sides."""
 
 
@@ -1635,7 +1641,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device, results, pictures = pick_device(args.device), {}, {}
+    device = pick_device(args.device)
+    results, pictures = {}, {}
     first_out = None
     where = (args.dataset, args.data_dir)
     for directory in filter(None, (args.out, args.report and args.report.parent)):  # fail before the scores
