@@ -54,6 +54,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -849,6 +850,109 @@ class Batches:
     def load_state_dict(self, state):
         self.generator.set_state(state["generator"].cpu())  # .cpu(): torch.load may have mapped it to the GPU
         self.order = state["order"].cpu()
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------
+# On the device, for a whole batch at once; flips are in Batches.
+DIFFAUGMENT = ("color", "translation", "cutout")
+
+
+def diffaugment(x, policy, batches=1):
+    """DiffAugment (Zhao et al. 2020, arXiv:2006.10738), its authors' ranges. x (B, 3, R, R) in and out.
+
+    policy: some of "color,translation,cutout", applied in this order. Each image draws its own numbers, and
+    gradients pass. What moves in or is cut out is 0, the middle grey. Nothing is clamped: colour reaches
+    |x| = 4.5. batches: how many x holds, one after the other.
+    """
+    B, R = WORLD * len(x), x.shape[-1]
+    reach, side = round(R / 8), R // 2
+    # Seven numbers an image, from the CPU: the same on each device. They travel in one piece.
+    drawn = torch.zeros(7, B)
+    if "color" in policy:
+        drawn[0].uniform_(-0.5, 0.5)  # brightness
+        drawn[1].uniform_(0, 2)  # saturation
+        drawn[2].uniform_(0.5, 1.5)  # contrast
+    if "translation" in policy:
+        drawn[3:5] = torch.randint(2 * reach + 1, (2, B))  # top left corner in the padded image
+    if "cutout" in policy:
+        drawn[5:7] = torch.randint(R + 1, (2, B))  # centre of the hole, which may lie on the border
+    if WORLD > 1:
+        drawn = torch.cat([my_share(of_batch.T) for of_batch in drawn.chunk(batches, 1)]).T
+    B, drawn = len(x), to_device(drawn, x.device)
+    brightness, saturation, contrast = drawn[:3].view(3, B, 1, 1, 1)
+    top, left, row, column = drawn[3:].long().view(4, B, 1)
+    pixel = torch.arange(R, device=x.device)
+
+    if "color" in policy:
+        x = x + brightness
+        grey = x.mean(1, keepdim=True)
+        x = grey + saturation * (x - grey)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = mean + contrast * (x - mean)
+    if "translation" in policy:
+        image = torch.arange(B, device=x.device)[:, None, None]
+        rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]
+        padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
+        x = laid_out(padded[image, rows, columns].permute(0, 3, 1, 2))
+    if "cutout" in policy:
+        top, left = row - side // 2, column - side // 2
+        in_rows = (pixel >= top) & (pixel < top + side)  # (B, R)
+        in_columns = (pixel >= left) & (pixel < left + side)
+        x = x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
+    return x
+
+
+ADA_CONDITIONS = 9  # numbers an image
+
+
+def ada(x, p=0.12):
+    """EDM's augmentation (Karras et al. 2022, App. F.2; after ADA, Karras et al. 2020). "Adaptive" it is not.
+
+    x (B, 3, R, R) -> the same moved about, and what was done to each image, (B, 9): zeros where nothing was.
+    A network that is told so does not repeat it when asked for zeros. Each image is mirrored with probability
+    1/2; then, each with probability p:
+
+        flip      upside down, in half of these cases
+        scale     by 2^(0.2 n); n, like all n below, standard normal
+        rotate    by an angle a, any, anticlockwise
+        stretch   by 2^(0.2 n) along an axis and 2^(-0.2 n) across, the axis at r, 0 or (one in two) any angle
+        move      by R / 8 (n_x, n_y), right and down
+
+    The nine: mirrored, flipped, n, cos a - 1, sin a, n cos r, n sin r, n_x, n_y. An image is continued by its
+    reflection. CHOICE: bicubic interpolation; EDM's filters are wavelets.
+    """
+    B = WORLD * len(x)
+    # From the CPU: the same on each device. A number that does not happen is 0.
+    normal, uniform = torch.randn(B, 4), torch.rand(B, 2) * 2 - 1
+    happens = torch.rand(B, 5) < p
+    mirrored, flipped, oblique = (torch.rand(B, 3) < 0.5).T
+    flipped = flipped & happens[:, 0]
+    scale, stretch = normal[:, 0] * happens[:, 1], normal[:, 1] * happens[:, 3]
+    angle = math.pi * uniform[:, 0] * happens[:, 2]
+    axis = math.pi * uniform[:, 1] * oblique
+    move = normal[:, 2:] * happens[:, 4:]
+    conditions = torch.stack([mirrored, flipped, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(),
+                              stretch * axis.sin(), *move.T], 1)  # fmt: skip
+
+    # Where does a point of the result come from? Coordinates from -1 to 1, so R / 8 pixels are 1 / 4.
+    def scaled(by_x, by_y):
+        return torch.diag_embed(torch.stack([by_x, by_y], 1))
+
+    def rotated(a):
+        return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).view(B, 2, 2)
+
+    both = 2 ** (-0.2 * scale)
+    along = 2 ** (-0.2 * stretch)
+    back = scaled(1 - 2.0 * mirrored, 1 - 2.0 * flipped) @ scaled(both, both) @ rotated(angle)
+    back = back @ rotated(-axis) @ scaled(along, 1 / along) @ rotated(axis)
+    back = torch.cat([back, back @ (-move / 4)[:, :, None]], 2)  # (B, 2, 3)
+    back, conditions = (to_device(my_share(part), x.device) for part in (back, conditions))
+    grid = F.affine_grid(back, x.shape, align_corners=False)
+    how = "bilinear" if x.device.type == "mps" else "bicubic"  # which MPS has not
+    x = F.grid_sample(x, grid, how, padding_mode="reflection", align_corners=False)
+    return laid_out(x), conditions
 
 
 # --------------------------------------------------------------------------------------------------

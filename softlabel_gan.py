@@ -83,7 +83,7 @@ from classifier import (
     images_that_count,
     labels_by_classifier,
 )
-from datasets import WORLD, at_least, due, fail, my_share, number, positive, share, to_device
+from datasets import at_least, due, fail, my_share, number, positive, share, to_device
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -96,7 +96,6 @@ from datasets import WORLD, at_least, due, fail, my_share, number, positive, sha
 #   mixup    its class, mixed with another image's as the images are
 #   cotrain  the probabilities of a classifier that learns beside the GAN
 LABELS = ("soft", "onehot", "smooth", "ols", "mixup", "cotrain")
-POLICIES = ("color", "translation", "cutout")
 
 # What differs from resolution to resolution. P: the paper, §4.3. A: the authors' code.
 AT_32 = dict(
@@ -175,8 +174,8 @@ def parse_settings(argv=None):
     add("--smoothing", type=share, metavar="ALPHA", help="alpha of --labels smooth")
     add("--oversample", type=share, default=0.0, metavar="ALPHA",
         help="real images by class: from 0, as in the data, to 1, each class equally often")
-    some = f'some of {",".join(POLICIES)}, or ""'
-    policy = number(str, lambda text: not text or set(text.split(",")) <= set(POLICIES), some)
+    some = f'some of {",".join(datasets.DIFFAUGMENT)}, or ""'
+    policy = number(str, lambda text: not text or set(text.split(",")) <= set(datasets.DIFFAUGMENT), some)
     add("--diffaug", type=policy, metavar="POLICY", help=f"parts of DiffAugment: {some}")
     add = parser.add_argument_group("networks and optimisers").add_argument
     add("--width", type=at_least(1), help="base width of the generator, ch of BigGAN")
@@ -271,51 +270,6 @@ def label_augmentation(how, classes, K, p=None, alpha=0.1):
     elif how == "ols":
         y = online_label_smoothing(p.double(), classes)[classes]
     return y.float()
-
-
-def diffaugment(x, policy, batches=1):
-    """DiffAugment (Zhao et al. 2020, arXiv:2006.10738), ranges of §4.3. x (B, 3, R, R) in and out.
-
-    policy: some of "color,translation,cutout", applied in this order. Each image draws its own
-    numbers, and gradients pass. What moves in or is cut out is 0, the middle grey. Nothing is
-    clamped: colour reaches |x| = 4.5. batches: how many x holds, one after the other.
-    """
-    B, R = WORLD * len(x), x.shape[-1]
-    reach, side = round(R / 8), R // 2
-    # Seven numbers an image, from the CPU: the same on each device. They travel in one piece.
-    drawn = torch.zeros(7, B)
-    if "color" in policy:
-        drawn[0].uniform_(-0.5, 0.5)  # brightness
-        drawn[1].uniform_(0, 2)  # saturation
-        drawn[2].uniform_(0.5, 1.5)  # contrast
-    if "translation" in policy:
-        drawn[3:5] = torch.randint(2 * reach + 1, (2, B))  # top left corner in the padded image
-    if "cutout" in policy:
-        drawn[5:7] = torch.randint(R + 1, (2, B))  # centre of the hole, which may lie on the border
-    if WORLD > 1:
-        drawn = torch.cat([my_share(of_batch.T) for of_batch in drawn.chunk(batches, 1)]).T
-    B, drawn = len(x), to_device(drawn, x.device)
-    brightness, saturation, contrast = drawn[:3].view(3, B, 1, 1, 1)
-    top, left, row, column = drawn[3:].long().view(4, B, 1)
-    pixel = torch.arange(R, device=x.device)
-
-    if "color" in policy:
-        x = x + brightness
-        grey = x.mean(1, keepdim=True)
-        x = grey + saturation * (x - grey)
-        mean = x.mean((1, 2, 3), keepdim=True)
-        x = mean + contrast * (x - mean)
-    if "translation" in policy:
-        image = torch.arange(B, device=x.device)[:, None, None]
-        rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]
-        padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
-        x = datasets.laid_out(padded[image, rows, columns].permute(0, 3, 1, 2))
-    if "cutout" in policy:
-        top, left = row - side // 2, column - side // 2
-        in_rows = (pixel >= top) & (pixel < top + side)  # (B, R)
-        in_columns = (pixel >= left) & (pixel < left + side)
-        x = x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
-    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -710,7 +664,7 @@ def main(argv=None):
                     with autocast():
                         with torch.no_grad():
                             x_f = net_G(z, y_f)
-                        x = diffaugment(torch.cat([x_r, x_f]), args.diffaug, batches=2)
+                        x = datasets.diffaugment(torch.cat([x_r, x_f]), args.diffaug, batches=2)
                         D_real, D_fake = net_D(x, torch.cat([y_hat, y_f])).chunk(2)
 
                     L_D = discriminator_loss(D_real, D_fake)  # Eq. 3
@@ -723,7 +677,7 @@ def main(argv=None):
                 D.requires_grad_(False)  # its gradients would be computed and thrown away
                 z, y_f = noise_and_labels(B, d_z, K, device)
                 with autocast():
-                    x = diffaugment(net_G(z, y_f), args.diffaug)
+                    x = datasets.diffaugment(net_G(z, y_f), args.diffaug)
                     L_G = generator_loss(net_D(x, y_f))  # Eq. 2
                 D.requires_grad_(True)
                 optimizer_G.zero_grad()

@@ -4,6 +4,7 @@ import argparse
 import colorsys
 import hashlib
 import io
+import math
 import os
 import pickle
 import sys
@@ -17,6 +18,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -1500,3 +1502,133 @@ def test_command_errors_as_a_process_of_its_own(run_script, tmp_path):
     done = run_script("datasets.py", "cifar10tl", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "did you mean cifar10lt" in done.stderr
     assert done.stderr.startswith("datasets.py: error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_empty_policy_is_the_identity():
+    x = torch.rand(4, 3, 16, 16)
+    assert datasets.diffaugment(x, "") is x
+
+
+@pytest.mark.parametrize("R", [16, 32, 64])
+def test_diffaugment_keeps_shapes_and_ranges_and_lets_gradients_through(R):
+    x = (torch.rand(8, 3, R, R) * 2 - 1).requires_grad_()
+    out = datasets.diffaugment(x, "color,translation,cutout")
+    assert out.shape == x.shape and out.dtype == x.dtype and out.abs().max() <= 4.5
+    out.square().sum().backward()
+    assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_colour():
+    x = torch.rand(2000, 3, 4, 4).double() * 2 - 1
+    out = datasets.diffaugment(x, "color")
+    # Undone from the invariants: saturation keeps each pixel's mean over channels, contrast the image's mean.
+    shift = (out - x).mean((1, 2, 3))
+    grey, grey_x = out.mean(1), x.mean(1)
+    contrast = (grey - grey.mean((1, 2), keepdim=True)) / (grey_x - grey_x.mean((1, 2), keepdim=True))
+    contrast = contrast.flatten(1)
+    assert (contrast.std(1) < 1e-6).all()  # one number an image
+    colour = ((out - grey[:, None]) / (x - grey_x[:, None])).flatten(1)
+    saturation = colour.mean(1) / contrast.mean(1)
+    for value, low, high in ((shift, -0.5, 0.5), (contrast.mean(1), 0.5, 1.5), (saturation, 0, 2)):
+        p = scipy.stats.kstest(value.numpy(), scipy.stats.uniform(low, high - low).cdf).pvalue
+        assert p > 0.001 and low <= value.min() and value.max() <= high
+    flat = torch.full((3, 3, 4, 4), 0.3)
+    assert (datasets.diffaugment(flat, "color").flatten(1).std(1) < 1e-6).all()  # a grey image stays one
+
+
+def test_translation():
+    out = datasets.diffaugment(torch.ones(4000, 1, 32, 32), "translation")
+    inside = out[:, 0, 4:28, 4:28]
+    assert (inside == 1).all()  # no more than an eighth moves in
+    assert (out == 0).double().mean() == pytest.approx(1 - (1 - 20 / 9 / 32) ** 2, abs=0.003)
+    spot = torch.zeros(4000, 1, 16, 16)
+    spot[:, :, 8, 8] = 1
+    _, _, row, column = datasets.diffaugment(spot, "translation").nonzero().T
+    shifted = set(range(8 - 2, 8 + 3))
+    assert len(row) == 4000 and set(row.tolist()) == set(column.tolist()) == shifted
+    assert np.bincount(row.numpy())[6:].min() > 700 and abs(np.corrcoef(row, column)[0, 1]) < 0.06
+
+
+def test_cutout():
+    out = datasets.diffaugment(torch.ones(4000, 1, 32, 32), "cutout")[:, 0]
+    share = (out == 0).double().mean((1, 2))
+    assert share.min() == 1 / 16 and share.max() == 1 / 4 and share.mean() == pytest.approx(0.187, abs=0.004)
+    rows, columns = (out == 0).any(2).sum(1), (out == 0).any(1).sum(1)
+    assert torch.equal((rows * columns).double() / 1024, share)  # rectangles
+    assert len({tuple(o.flatten().tolist()) for o in out[:20]}) > 15  # each image its own
+    # The centre is anywhere from 0 to 32, each place equally often: a hole of full height begins at -8 .. 24.
+    for holes in ((out == 0).any(2), (out == 0).any(1)):
+        first, last = holes.int().argmax(1), 31 - holes.flip(1).int().argmax(1)
+        start = torch.where(first > 0, first, last - 15)
+        number = torch.bincount(start + 8, minlength=33)
+        assert len(number) == 33 and scipy.stats.chisquare(number.numpy()).pvalue > 0.001
+
+
+def waves(x, y):
+    """A smooth picture of three colours, at points from -1 to 1."""
+    return torch.stack([torch.sin(3 * x + 2 * y), torch.cos(2 * x - 3 * y), torch.sin(2 * x * y + y)])
+
+
+def pixels(R=32):
+    place = (torch.arange(R) * 2 + 1) / R - 1
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    return torch.stack([x, y])
+
+
+def test_ada_does_what_its_nine_numbers_say():
+    # Point for point, with complex numbers: what is seen at a place was at the place that the inverse gives.
+    torch.manual_seed(0)
+    R, B = 32, 400
+    x, y = pixels(R)
+    out, told = datasets.ada(waves(x, y).expand(B, 3, R, R), p=0.5)
+    assert out.shape == (B, 3, R, R) and told.shape == (B, 9)
+    seen = 0
+    for image, (mirrored, flipped, n, cos, sin, n_cos, n_sin, *move) in zip(out, told.tolist(), strict=True):
+        place = torch.complex(x, -y) - complex(move[0] / 4, -move[1] / 4)  # y up: angles are anticlockwise
+        n_stretch = math.hypot(n_cos, n_sin)
+        axis = complex(n_cos, n_sin) / n_stretch if n_stretch else 1
+        errors = []
+        for sign in (1, -1):  # the pair (n cos r, n sin r) is also that of -n and r + 180 degrees
+            along = place / axis
+            by = 2 ** (0.2 * sign * n_stretch)
+            back = torch.complex(along.real / by, along.imag * by) * axis
+            back = back / complex(cos + 1, sin) / 2 ** (0.2 * n)
+            back_x, back_y = back.real * (-1 if mirrored else 1), -back.imag * (-1 if flipped else 1)
+            inside = torch.maximum(back_x.abs(), back_y.abs()) < 1 - 4 / R  # elsewhere reflections
+            if inside.sum() > 50:
+                errors.append((image - waves(back_x, back_y)).abs()[:, inside].max().item())
+        assert not errors or min(errors) < 0.02
+        seen += bool(errors)
+    assert seen > 350
+
+
+def test_ada_draws_what_the_paper_says():
+    torch.manual_seed(0)
+    B = 40_000
+    x = torch.rand(1, 3, 4, 4).expand(B, 3, 4, 4)
+    out, told = datasets.ada(x)
+    untouched = (told == 0).all(1)
+    assert untouched.double().mean() == pytest.approx(0.2819, abs=0.007)  # 0.5 x 0.94 x 0.88^4
+    assert (out[untouched] - x[untouched]).abs().max() < 1e-5
+    alone = (told[:, 0] == 1) & (told[:, 1:] == 0).all(1)
+    assert (out[alone] - x[alone].flip(3)).abs().max() < 1e-5
+    assert ((told[:, 3] + 1) ** 2 + told[:, 4] ** 2 - 1).abs().max() < 1e-5
+    happened = [told[:, 0], told[:, 1], told[:, 2], told[:, 4], told[:, 5:7].abs().sum(1), told[:, 7]]
+    shares = [(numbers != 0).double().mean().item() for numbers in happened]
+    assert shares == pytest.approx([0.5, 0.06, 0.12, 0.12, 0.12, 0.12], abs=0.008)
+    for numbers in (told[:, 2], told[:, 5:7].norm(dim=1) * told[:, 5].sign(), told[:, 7], told[:, 8]):
+        numbers = numbers[numbers != 0].numpy()
+        assert scipy.stats.kstest(numbers, scipy.stats.norm.cdf).pvalue > 0.001
+    angles = torch.atan2(told[:, 4], told[:, 3] + 1)[told[:, 4] != 0].numpy()
+    assert scipy.stats.kstest(angles, scipy.stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > 0.001
+    stretched = told[:, 5] != 0
+    assert (told[stretched, 6] == 0).double().mean() == pytest.approx(0.5, abs=0.03)  # along the axis
+    assert (told[:, 7] != 0).equal(told[:, 8] != 0)  # both or none
+
+
+def test_ada_without_chances_only_mirrors():
+    x = torch.rand(64, 3, 8, 8)
+    out, told = datasets.ada(x, p=0)
+    assert (told[:, 1:] == 0).all() and 0 < told[:, 0].sum() < 64
+    mirrored = told[:, 0, None, None, None].bool()
+    assert (out - torch.where(mirrored, x.flip(3), x)).abs().max() < 1e-5

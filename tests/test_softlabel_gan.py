@@ -24,7 +24,6 @@ from datasets import Batches, ImageSet, InputError
 from softlabel_gan import (
     Discriminator,
     Generator,
-    diffaugment,
     images_that_count,
     label_augmentation,
     online_label_smoothing,
@@ -133,69 +132,6 @@ def test_images_that_count_for_a_class():
             y_hat = label_augmentation(how, labels, K, alpha=0.1)
             assert torch.equal(images_that_count(y_hat), n_c), (K, how)
     assert images_that_count(torch.tensor([[0.985, 0.011, 0.004], [0.02, 0.01, 0.97]])).tolist() == [2, 1, 1]
-
-
-# -------------------------------------------------------------------------------------- DiffAugment
-
-
-def test_an_empty_policy_is_the_identity():
-    x = torch.rand(4, 3, 16, 16)
-    assert diffaugment(x, "") is x
-
-
-@pytest.mark.parametrize("R", [16, 32, 64])
-def test_diffaugment_keeps_shapes_and_ranges_and_lets_gradients_through(R):
-    x = (torch.rand(8, 3, R, R) * 2 - 1).requires_grad_()
-    out = diffaugment(x, "color,translation,cutout")
-    assert out.shape == x.shape and out.dtype == x.dtype and out.abs().max() <= 4.5
-    out.square().sum().backward()
-    assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().sum(1) > 0).all()
-
-
-def test_colour():
-    x = torch.rand(2000, 3, 4, 4).double() * 2 - 1
-    out = diffaugment(x, "color")
-    # Undone from the invariants: saturation keeps each pixel's mean over channels, contrast the image's mean.
-    shift = (out - x).mean((1, 2, 3))
-    grey, grey_x = out.mean(1), x.mean(1)
-    contrast = (grey - grey.mean((1, 2), keepdim=True)) / (grey_x - grey_x.mean((1, 2), keepdim=True))
-    contrast = contrast.flatten(1)
-    assert (contrast.std(1) < 1e-6).all()  # one number an image
-    colour = ((out - grey[:, None]) / (x - grey_x[:, None])).flatten(1)
-    saturation = colour.mean(1) / contrast.mean(1)
-    for value, low, high in ((shift, -0.5, 0.5), (contrast.mean(1), 0.5, 1.5), (saturation, 0, 2)):
-        p = scipy.stats.kstest(value.numpy(), scipy.stats.uniform(low, high - low).cdf).pvalue
-        assert p > 0.001 and low <= value.min() and value.max() <= high
-    flat = torch.full((3, 3, 4, 4), 0.3)
-    assert (diffaugment(flat, "color").flatten(1).std(1) < 1e-6).all()  # a grey image stays one
-
-
-def test_translation():
-    out = diffaugment(torch.ones(4000, 1, 32, 32), "translation")
-    inside = out[:, 0, 4:28, 4:28]
-    assert (inside == 1).all()  # no more than an eighth moves in
-    assert (out == 0).double().mean() == pytest.approx(1 - (1 - 20 / 9 / 32) ** 2, abs=0.003)
-    spot = torch.zeros(4000, 1, 16, 16)
-    spot[:, :, 8, 8] = 1
-    _, _, row, column = diffaugment(spot, "translation").nonzero().T
-    shifted = set(range(8 - 2, 8 + 3))
-    assert len(row) == 4000 and set(row.tolist()) == set(column.tolist()) == shifted
-    assert np.bincount(row.numpy())[6:].min() > 700 and abs(np.corrcoef(row, column)[0, 1]) < 0.06
-
-
-def test_cutout():
-    out = diffaugment(torch.ones(4000, 1, 32, 32), "cutout")[:, 0]
-    share = (out == 0).double().mean((1, 2))
-    assert share.min() == 1 / 16 and share.max() == 1 / 4 and share.mean() == pytest.approx(0.187, abs=0.004)
-    rows, columns = (out == 0).any(2).sum(1), (out == 0).any(1).sum(1)
-    assert torch.equal((rows * columns).double() / 1024, share)  # rectangles
-    assert len({tuple(o.flatten().tolist()) for o in out[:20]}) > 15  # each image its own
-    # The centre is anywhere from 0 to 32, each place equally often: a hole of full height begins at -8 .. 24.
-    for holes in ((out == 0).any(2), (out == 0).any(1)):
-        first, last = holes.int().argmax(1), 31 - holes.flip(1).int().argmax(1)
-        start = torch.where(first > 0, first, last - 15)
-        number = torch.bincount(start + 8, minlength=33)
-        assert len(number) == 33 and scipy.stats.chisquare(number.numpy()).pvalue > 0.001
 
 
 # ----------------------------------------------------------------------------------------- networks
