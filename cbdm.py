@@ -124,6 +124,16 @@ RECIPES = {
     ),
 }
 RECIPES["shapes"] = RECIPES["shapeslt"]
+# What comes with a flag. shapeslt keeps its own lengths, rates and guidance.
+ADA = dict(flip=False)  # ADA mirrors by itself, and says so
+EDM = dict(sampler="heun", ddim_steps=18)  # Karras et al. 2022
+LENGTHS = {
+    "ada": dict(steps=500_000, guidance=1.4),  # A, README
+    "edm": dict(guidance=0.0),  # CHOICE: as Karras et al.; P does not say
+    # sndnyang/Diffusion_ViT: 500 epochs, ten of them warm-up.
+    "vit": dict(noise_schedule="cosine", clip_x0=True, batch_size=128, steps=42_400, lr=1e-3, warmup=850,
+                lr_schedule="cosine", ema=0.999),
+}
 # Ours, for your own images: a quarter of the paper's width. The lowest level has 8 to 15 pixels a side.
 # As many epochs as the paper's run, 1,330 (300,000 steps of 48 among 10,847 images), but 10,000 to
 # 300,000 steps: 10,000 for 200 images, 83,100 for 2,000. Fewer never get beyond blobs. A constant
@@ -131,12 +141,12 @@ RECIPES["shapes"] = RECIPES["shapeslt"]
 RECIPES["folder"] = CIFAR100LT | dict(
     batch_size=32, lr=5e-4, warmup=500, ema=0.999, channels=32, prediction="v", noise_schedule="cosine",
     guidance=1.5, sampler="dpm", ddim_steps=20, clip_x0=True, eval_images=2_000, save_every=250)
-FREE = datasets.FREE | {"guidance", "sampler", "ddim_steps", "clip_x0"}  # no part of the training
+FREE = datasets.FREE | {"guidance", "sweep", "sampler", "ddim_steps", "clip_x0", "class_grid", "beside"}
 
 
 def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the data set."""
-    first = datasets.first_flags(argv, tau=float)
+    first = datasets.first_flags(argv, tau=float, augment=str, prediction=str, backbone=str)
     dataset = first.dataset or "cifar100lt"
     recipe = "folder" if dataset.startswith("folder:") else dataset if dataset in RECIPES else "cifar100lt"
     name = first.recipe or recipe  # an unknown one is refused below
@@ -148,6 +158,10 @@ def parse_settings(argv=None):
         defaults |= datasets.folder_settings(first, 32, epochs=1_330, low=10_000, high=300_000)
     if first.tau == 0 and dataset == "cifar100lt":
         defaults["guidance"] = 0.8  # A, README: the best of the baseline; P tunes omega for each model
+    defaults |= (ADA if first.augment == "ada" else {}) | (EDM if first.prediction == "edm" else {})
+    if RECIPES.get(name) is not RECIPES["shapeslt"]:
+        for flag in (first.augment, first.prediction, first.backbone):
+            defaults |= LENGTHS.get(flag, {})
     if dataset in datasets.LONG_TAILED:
         defaults["rho"] = datasets.DEFAULT_RHO  # P: 100
 
@@ -163,15 +177,26 @@ def parse_settings(argv=None):
     add("--drop-whole-batch", action="store_true", help="drop the labels of whole batches, A")
     add("--resample", choices=("data", "uniform", "sqrt"), default="data",
         help="class distribution of the training images; with --tau 0 uniform is RS, sqrt RS-SQRT (Table 1)")
-    add("--prediction", choices=("eps", "v"), help="what the network predicts; v: ours, for short runs")
-    add("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1")
-    add("--guidance", type=finite, help="omega, P §4.1")
-    add("--sampler", choices=("ancestral", "ddim", "dpm"), help="ancestral takes all 1000 steps")
+    add("--augment", choices=("none", "diffaug", "ada"), default="none", help="of training images, Table 1")
+    add("--soft-labels", metavar="NPZ", type=datasets.existing_file,
+        help="soft_labels.npz of a run of softlabel_gan.py: an image is told the mean of the classes' "
+        "embeddings (Softlabel-GAN, Table 7)")
+    add("--prediction", choices=("eps", "v", "edm"),
+        help="what the network predicts; v: ours, for short runs; edm: Table 5")
+    add("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1; edm has its own")
+    add("--guidance", type=finite, nargs="+", help="omega, P §4.1; of several each is scored (Fig. 6)")
+    add("--sampler", choices=("ancestral", "ddim", "dpm", "heun"),
+        help="ancestral takes all 1000 steps; heun: edm's only one")
     add("--ddim-steps", type=number(int, lambda v: 2 <= v <= T, f"a whole number from 2 to {T}"),
-        help="steps of ddim and dpm, also for the grids drawn during training")
+        help="steps of the other samplers, also for the grids drawn during training")
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
+    add("--class-grid", metavar="CLASS", help="with --eval-only: draw this class and nothing else, a "
+        "column for each --guidance, a row for this run and for each of --beside (Fig. 7)")
+    add("--beside", metavar="CHECKPOINT", type=datasets.existing_file, nargs="+", default=[],
+        help="of other runs, for --class-grid")
     add = parser.add_argument_group("network and optimiser").add_argument
-    add("--channels", type=at_least(1), help="width of the first level")
+    add("--backbone", choices=("unet", "vit"), default="unet", help="vit: Diffusion-ViT, Table 5")
+    add("--channels", type=at_least(1), help="width of the first level; of a ViT a third of its width")
     add("--multipliers", type=at_least(1), nargs="+", help="width of each level, in units of --channels")
     add("--blocks", type=at_least(1), help="residual blocks a level")
     add("--attention-level", type=at_least(0), help="the level with self-attention, counted from 0")
@@ -183,6 +208,14 @@ def parse_settings(argv=None):
         help="start from another run's averaged weights (fine-tuning)")
     args = datasets.read_settings(parser, argv, "cbdm", defaults, FREE)
 
+    args.sweep = args.guidance if isinstance(args.guidance, list) else [args.guidance]
+    args.guidance = args.sweep[0]
+    if (args.sampler == "heun") != (args.prediction == "edm"):
+        fail(f"--sampler {args.sampler} --prediction {args.prediction}: heun and edm go together")
+    if args.class_grid and not args.eval_only:
+        fail("--class-grid draws from a run that is trained: add --eval-only")
+    if args.backbone == "vit" and args.image_size % PATCHES:
+        fail(f"--image-size {args.image_size}: a ViT needs a multiple of {PATCHES}")
     levels = len(args.multipliers)
     if args.attention_level >= levels:
         fail(f"--attention-level {args.attention_level}: {levels} levels are 0 to {levels - 1}")
@@ -200,7 +233,7 @@ def parse_settings(argv=None):
 # t       (B,) int64, step 0 .. T-1                y'      (B,) int64, random classes
 # eps     (B, 3, H, W), the noise in x_t           h       (B, 3, H, W), eps_theta(x_t, y, t)
 # x_t     (B, 3, H, W), x_0 after t steps          h'      (B, 3, H, W), eps_theta(x_t, y', t)
-#         (with --prediction v, h and h' are velocities)
+#         (with --prediction v, h and h' are velocities; with edm what EDM's network predicts)
 # tau     weight of the regulariser                gamma   weight of its commitment term
 # omega   guidance strength                        q_Y     (K,), the paper's q*_Y
 # B is the paper's N. alpha_bar (T,) is the noise schedule; index t here is the paper's step t + 1.
@@ -253,12 +286,42 @@ def eps_of_velocity(v, x_t, t, alpha_bar):
     return (1 - alpha_bar[t]).sqrt().item() * x_t + alpha_bar[t].sqrt().item() * v
 
 
-def ddpm_loss(h, target):
+SIGMA_DATA = 0.5  # EDM: Karras et al. 2022, as all numbers of it
+
+
+def edm_levels():
+    """sigma (T,) float64, EDM's noise levels: x_t = x_0 + sigma_t eps.
+
+    CHOICE: not drawn from their log-normal distribution, but T of its quantiles, all equally likely.
+    So t is drawn as ever and is the rank of a level: what tau t says in DDPM it says here.
+    """
+    rank = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    return torch.exp(1.2 * torch.special.ndtri(rank) - 1.2)
+
+
+def edm_coefficients(sigma):
+    """c_skip, c_out, c_in of the denoiser D(x) = c_skip x + c_out F(c_in x), F the network (Table 1)."""
+    total = sigma**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total**0.5, total**-0.5
+
+
+def edm_pair(x_0, sigma, eps):
+    """What F sees and what it should answer: c_in x_t, and the F for which D(x_t) is x_0.
+
+    EDM's loss weighs || D - x_0 ||^2 with 1 / c_out^2: that is || F - target ||^2. The regulariser,
+    weighed like it, then lies between two answers of F too, as between two eps in DDPM.
+    """
+    skip, out, scale = edm_coefficients(sigma)
+    x_t = x_0 + sigma * eps
+    return scale * x_t, (x_0 - skip * x_t) / out
+
+
+def ddpm_loss(h, target, absolute=False):
     """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, the mean over images and pixels. Scalar.
 
-    target: eps, or the velocity.
+    target: eps, or the velocity, or EDM's. absolute: |.| instead, which Diffusion-ViT learns with.
     """
-    return (target - h).square().mean()
+    return (target - h).abs().mean() if absolute else (target - h).square().mean()
 
 
 def regularisers(h, h_prime, t, tau, labelled):
@@ -300,6 +363,34 @@ def guided(eps_y, eps_none, omega):
 # --------------------------------------------------------------------------------------------------
 # Networks
 # --------------------------------------------------------------------------------------------------
+class Conditional(nn.Module):
+    """A network that is told t, y and, with ADA, what was done to the image: all added up, (B, width)."""
+
+    def __init__(self, num_classes, channels, width, ada):
+        super().__init__()
+        f = torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000) / channels))
+        self.register_buffer("frequencies", f, persistent=False)
+        self.time = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(num_classes, width)
+        self.told = nn.Linear(datasets.ADA_CONDITIONS, width, bias=False) if ada else None
+
+    def waves(self, t):
+        """sin(t f_0), cos(t f_0), sin(t f_1), ... with f_i = 10000^(-2i / channels): (B, channels)."""
+        angle = t[:, None] * self.frequencies
+        return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+    def embedding(self, t, y, told):
+        """t (B,); y (B,) classes or NO_LABEL, or (B, K) soft labels, rows of 0: none; told (B, 9) or None."""
+        # Without a label nothing is added: the table has no row for "none".
+        if y.is_floating_point():  # the mean of the embeddings
+            with torch.autocast(y.device.type, enabled=False):
+                label = y @ self.label.weight
+        else:
+            label = self.label(y.clamp(min=0)) * (y != NO_LABEL)[:, None]
+        total = self.time(self.waves(t)) + label
+        return total if told is None else total + self.told(told)
+
+
 # The U-Net of DDPM (Ho et al. 2020) with a label embedding. At the paper's size 35,797,507
 # parameters for 100 classes, 12.4 GFLOP for a 32 x 32 image and a forward pass.
 class SelfAttention(nn.Module):
@@ -340,19 +431,12 @@ class ResidualBlock(nn.Module):
         return self.attention(self.shortcut(x) + h)
 
 
-class UNet(nn.Module):
+class UNet(Conditional):
     """eps_theta: x_t (B, 3, H, W), t (B,), y (B,) int64 or NO_LABEL -> (B, 3, H, W) float32."""
 
-    def __init__(self, num_classes, channels, multipliers, blocks, attention_level, dropout):
-        super().__init__()
-        # Row t: sin(t f_0), cos(t f_0), sin(t f_1), ... with f_i = 10000^(-2i / channels); frozen.
-        f = torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000) / channels))
-        angle = torch.arange(T)[:, None] * f
-        table = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
-        self.register_buffer("time_table", table, persistent=False)
+    def __init__(self, num_classes, channels, multipliers, blocks, attention_level, dropout, ada=False):
         E = 4 * channels  # width of the embedding
-        self.time = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
-        self.label = nn.Embedding(num_classes, E)
+        super().__init__(num_classes, channels, E, ada)
 
         # 4 channels a group at the first level: the 32 groups of DDPM at 128 channels. In a network
         # of 32 channels, 32 groups would normalise each channel alone and lose an image's colour.
@@ -395,15 +479,13 @@ class UNet(nn.Module):
         attentions = [m for m in self.modules() if isinstance(m, SelfAttention)]
         near_zero = {self.tail[2], *(m.conv2 for m in blocks), *(m.out for m in attentions)}
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.told:
                 gain = 1e-5 if module in near_zero else 1.0
                 nn.init.xavier_uniform_(module.weight, gain)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x, t, y):
-        # Without a label nothing is added: the table has no row for "none".
-        label = self.label(y.clamp(min=0)) * (y != NO_LABEL)[:, None]
-        embedding = F.silu(self.time(self.time_table[t]) + label)  # (B, 4 * channels)
+    def forward(self, x, t, y, told=None):
+        embedding = F.silu(self.embedding(t, y, told))
         h = self.head(x)
         skips = [h]
         for layer in self.down:
@@ -417,6 +499,66 @@ class UNet(nn.Module):
             else:
                 h = layer(h)
         return self.tail(h).to(x.dtype)  # float32 also under autocast
+
+
+# Diffusion-ViT (GenViT: Yang et al. 2022, sndnyang/Diffusion_ViT), unconditional there; P adds an
+# embedding of the label. At 32 x 32 pixels 11.2 million parameters for 100 classes. Where we differ:
+# neither its weight averaging over 500 epochs' tail nor its classifier; the same Adam for all.
+PATCHES = 8  # a side
+
+
+class TransformerLayer(nn.Module):
+    """(B, tokens, width) -> the same. The embedding scales and shifts each token before attention.
+
+    CHOICE: after its norm, which would undo it.
+    """
+
+    def __init__(self, width, tokens, embedding, dropout):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.embed = nn.Linear(embedding, 2 * tokens)
+        self.attention = nn.MultiheadAttention(width, max(1, width // 32), batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(2 * width, width))  # fmt: skip
+
+    def forward(self, x, embedding):
+        scale, shift = self.embed(embedding)[:, :, None].chunk(2, dim=1)  # (B, tokens, 1)
+        h = self.norm1(x) * (1 + scale) + shift
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(Conditional):
+    """The same arguments and answers as those of UNet. 8 x 8 patches and one more token, nine layers."""
+
+    def __init__(self, num_classes, channels, image_size, dropout, ada=False, depth=9):
+        width, tokens = 3 * channels, PATCHES**2 + 1
+        super().__init__(num_classes, width, 4 * tokens, ada)
+        patch = image_size // PATCHES
+        self.head = nn.Conv2d(3, width, patch, stride=patch)
+        self.extra = nn.Parameter(torch.zeros(1, 1, width))
+        self.place = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        layers = (TransformerLayer(width, tokens, 4 * tokens, dropout) for _ in range(depth))
+        self.layers = nn.ModuleList(layers)
+        self.tail = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
+        self.to_image = nn.PixelShuffle(patch)
+
+    def forward(self, x, t, y, told=None):
+        embedding = F.silu(self.embedding(t, y, told))
+        h = self.head(x).flatten(2).transpose(1, 2)  # (B, 64, width)
+        h = torch.cat([self.extra.expand(len(x), -1, -1), h], 1) + self.place
+        for layer in self.layers:
+            h = layer(h, embedding)
+        h = self.tail(h[:, 1:]).transpose(1, 2).unflatten(2, (PATCHES, PATCHES))
+        return self.to_image(h).to(x.dtype)
+
+
+def build_network(args, num_classes):
+    ada = args.augment == "ada"
+    if args.backbone == "vit":
+        return ViT(num_classes, args.channels, args.image_size, args.dropout, ada)
+    shape = args.channels, args.multipliers, args.blocks, args.attention_level
+    return UNet(num_classes, *shape, args.dropout, ada)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,6 +633,24 @@ def sampling_times(sampler, steps, alpha_bar):
     return nearest.unique().flip(0).tolist()  # unique: where steps are many and t is coarse
 
 
+def heun(denoised, x, steps):
+    """EDM's sampler (Karras et al. 2022, Alg. 1 without its noise): the image from x at sigma = 80.
+
+    denoised(x, sigma): D. In sigma the ODE is dx / dsigma = (x - D) / sigma. Each step goes down to
+    the next level as Euler would, and once more with the mean of the slopes at both ends: second
+    order, for 2 steps - 1 calls.
+    """
+    rho, place = 7, np.linspace(0, 1, steps)
+    sigmas = (80 ** (1 / rho) + place * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+    for sigma, lower in pairwise([*sigmas.tolist(), 0.0]):
+        slope = (x - denoised(x, sigma)) / sigma
+        euler = x + (lower - sigma) * slope
+        if lower > 0:
+            slope = (slope + (euler - denoised(euler, lower)) / lower) / 2
+        x = x + (lower - sigma) * slope
+    return x
+
+
 @torch.no_grad()
 def sample(model, y, args, amp, seed, sampler, progress=None):
     """Images (N, 3, H, W) uint8 on the CPU, of the classes y (N,), from noise of this seed.
@@ -503,17 +663,33 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
     noise = functools.partial(torch.randn, generator=generator, device=device)
     y = y.to(device)
     shape = (len(y), 3, args.image_size, args.image_size)
-    times = sampling_times(sampler, args.ddim_steps, alpha_bar)
+    calls = 2 * args.ddim_steps - 1  # of heun
+    if sampler != "heun":
+        times = sampling_times(sampler, args.ddim_steps, alpha_bar)
+        calls = len(times)
 
-    x, before = noise(shape), None
-    for t, t_prev in pairwise([*times, -1]):
+    def ask(x, t):
+        """The network's answer, with guidance. t: a number."""
+        if progress is not None:
+            progress.update(len(y) / calls)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             if args.guidance == 0:  # TRY: or t > 600: guidance once the composition is settled
-                h = model(x, torch.full_like(y, t), y)
-            else:  # with and without label in one pass of 2 N
-                twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
-                h_y, h_none = model(torch.cat([x, x]), torch.full_like(twice, t), twice).chunk(2)
-                h = guided(h_y, h_none, args.guidance)
+                return model(x, torch.full(y.shape, t, device=device), y)
+            # With and without label in one pass of 2 N.
+            twice = torch.cat([y, torch.full_like(y, NO_LABEL)])
+            h_y, h_none = model(torch.cat([x, x]), torch.full(twice.shape, t, device=device), twice).chunk(2)
+            return guided(h_y, h_none, args.guidance)
+
+    def denoised(x, sigma):  # EDM's D
+        skip, out, scale = edm_coefficients(sigma)
+        x_0 = skip * x + out * ask(scale * x, math.log(sigma) / 4)
+        return x_0.clamp(-1, 1) if args.clip_x0 else x_0
+
+    if sampler == "heun":
+        return datasets.to_uint8(heun(denoised, 80 * noise(shape), args.ddim_steps))
+    x, before = noise(shape), None
+    for t, t_prev in pairwise([*times, -1]):
+        h = ask(x, t)
         eps_hat = h if args.prediction == "eps" else eps_of_velocity(h, x, t, alpha_bar)
         if sampler == "ddim":
             x = ddim_step(x, eps_hat, t, t_prev, args.clip_x0, alpha_bar)
@@ -522,8 +698,6 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
             x, before = dpm_step(x, x_0, before, t, t_prev, alpha_bar), (t, x_0)
         else:
             x = ancestral_step(x, eps_hat, t, noise(shape), args.clip_x0, alpha_bar)
-        if progress is not None:
-            progress.update(len(y) / len(times))
     return datasets.to_uint8(x)
 
 
@@ -539,7 +713,8 @@ def sample_grid(model, classes, args, amp):
     at_once = datasets.images_at_once(AT_ONCE[device.type], args.image_size)
     y = classes.repeat_interleave(datasets.GRID_COLUMNS).split(at_once)
     mine = datasets.my_part(len(y))
-    parts = [sample(model, part, args, amp, args.seed + i, "ddim") for i, part in list(enumerate(y))[mine]]
+    sampler = "heun" if args.prediction == "edm" else "ddim"
+    parts = [sample(model, part, args, amp, args.seed + i, sampler) for i, part in list(enumerate(y))[mine]]
     empty = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
     return datasets.collect(torch.cat([empty, *parts]))
 
@@ -550,8 +725,26 @@ def draw_class(model, args, amp, k, start, n):
     return sample(model, torch.full((n,), k), args, amp, seed, args.sampler)
 
 
-def sample_all(model, labels, args, amp):
-    """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <run-dir>/samples.npz.
+def draw_class_grid(model, classes, args, amp):
+    """Fig. 7: one class, the same noise everywhere. A column for each --guidance, four images wide.
+
+    The first row is this run's, the others those of --beside, which may have other tau. A PNG.
+    """
+    k = datasets.class_number(args.class_grid, classes, "--class-grid")
+    path = Path(args.run_dir) / "samples" / f"class-{k}.png"
+    y, rows = torch.full((4,), k), []
+    for checkpoint in [None, *args.beside]:
+        if checkpoint:
+            load_initial_weights(model, checkpoint, args, "--beside")
+        for omega in args.sweep:
+            settings = argparse.Namespace(**vars(args) | {"guidance": omega})
+            rows.append(sample(model, y, settings, amp, args.seed, args.sampler))
+    datasets.write_grid(path, torch.cat(rows), columns=len(y) * len(args.sweep))
+    print(f"wrote {path}: {classes[k]}, guidance {args.sweep}, rows {[args.run_dir, *args.beside]}")
+
+
+def sample_all(model, labels, args, amp, where):
+    """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <where>/samples.npz.
 
     A killed evaluation resumes, and a finished one is not repeated, except with --eval-only. Samples
     on disk are used again if their key is the same: a hash of the settings, the averaged weights and
@@ -559,8 +752,8 @@ def sample_all(model, labels, args, amp):
     """
     device = next(model.parameters()).device
     at_once = datasets.images_at_once(AT_ONCE[device.type], args.image_size)
-    path, part = Path(args.run_dir) / "samples.npz", Path(args.run_dir) / "samples.part"
-    elsewhere = ("features", "scores", "reference", "eval_only", "run_dir", "data_dir")
+    path, part = Path(where) / "samples.npz", Path(where) / "samples.part"
+    elsewhere = ("features", "scores", "reference", "eval_only", "run_dir", "data_dir", "sweep")
     settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
     key = hashlib.sha256(json.dumps([settings, at_once]).encode() + Path(__file__).read_bytes())
     for w in model.state_dict().values():
@@ -618,7 +811,7 @@ def about_sampling(args, step_seconds, training_seconds):
     labels = 2 if args.tau > 0 and args.regularise_after == 0 else 1
     call = step_seconds / (3 * labels * args.batch_size)  # seconds of an image
     call *= 1 if args.guidance == 0 else 2
-    calls = T if args.sampler == "ancestral" else args.ddim_steps
+    calls = T if args.sampler == "ancestral" else args.ddim_steps * (2 if args.sampler == "heun" else 1)
     seconds = args.eval_images * calls * call
     text = f"; {args.eval_images:,} samples then take about {datasets.duration(seconds)}"
     if seconds > training_seconds and args.sampler == "ancestral":
@@ -627,21 +820,23 @@ def about_sampling(args, step_seconds, training_seconds):
     return text
 
 
-def load_initial_weights(args, model):
-    """--init-from: another run's averaged weights (Table 2). With another K the label table is new."""
-    source = datasets.load_checkpoint(args.init_from)
+def load_initial_weights(model, path, args, flag):
+    """--init-from, --beside: another run's averaged weights (Table 2)."""
+    source = datasets.load_checkpoint(path)
     if "label.weight" not in source.get("ema", {}):
-        fail(f"--init-from {args.init_from}: not a checkpoint of cbdm.py")
+        fail(f"{flag} {path}: not a checkpoint of cbdm.py")
     for name in ("prediction", "noise_schedule"):
         if source["settings"][name] != getattr(args, name):
-            fail(f"--init-from {args.init_from}: that run has another --{name.replace('_', '-')}")
+            fail(f"{flag} {path}: that run has another --{name.replace('_', '-')}")
     weights = source["ema"]
-    if weights["label.weight"].shape != model.label.weight.shape:
+    there, here = len(weights["label.weight"]), len(model.label.weight)
+    if there != here:
+        print(f"{flag} {path}: {there} classes there, {here} here; the embeddings of the classes are new")
         weights["label.weight"] = model.label.weight
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"--init-from {args.init_from}: a network of another size") from error
+        raise InputError(f"{flag} {path}: a network of another size") from error
 
 
 def main(argv=None):
@@ -652,6 +847,12 @@ def main(argv=None):
     train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho,
                           imbalance=args.imbalance)
     args.training_data = train.fingerprint
+    soft_labels = None
+    if args.soft_labels:
+        from classifier import read_soft_labels  # here: one run in a hundred needs it
+
+        soft_labels = read_soft_labels(args.soft_labels, train)["probabilities"]
+        args.training_data += hashlib.sha256(soft_labels.numpy()).hexdigest()
     # Where the rate follows a cosine, or the regulariser begins later, the length shapes the whole run.
     fixed_length = args.lr_schedule == "cosine" or args.regularise_after > 0
     state = datasets.find_run(args, FREE - {"steps"} if fixed_length else FREE)
@@ -659,15 +860,14 @@ def main(argv=None):
     # The network that learns, and its moving average, which samples.
     K, B = len(train.classes), args.batch_size
     torch.manual_seed(args.seed)
-    shape = args.channels, args.multipliers, args.blocks, args.attention_level
-    model = UNet(K, *shape, args.dropout).to(device)
+    model = build_network(args, K).to(device)
     if args.init_from and not state:
-        load_initial_weights(args, model)
+        load_initial_weights(model, args.init_from, args, "--init-from")
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     average = datasets.Average(ema, model)
     fused = device.type in ("cuda", "cpu")  # one kernel updates all weights
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=fused)
-    batches = datasets.Batches(train, B, args.resample, args.flip, device, args.seed)
+    batches = datasets.Batches(train, B, args.resample, args.flip, device, args.seed, soft_labels)
     log = datasets.Log(args, LOGGED, device, functools.partial(about_sampling, args))
 
     # Resume the run that the directory holds.
@@ -685,7 +885,7 @@ def main(argv=None):
           f"{run_dir}{resumed}", flush=True)
 
     net, ema_net = (torch.compile(model), torch.compile(ema)) if args.compile else (model, ema)
-    alpha_bar = noise_schedule(args.noise_schedule)
+    alpha_bar, levels = noise_schedule(args.noise_schedule), edm_levels()
     q_Y = label_distribution(train.counts, args.label_set)
     zero = torch.zeros((), device=device)
     grid_classes = datasets.grid_classes(train.counts)
@@ -704,31 +904,45 @@ def main(argv=None):
                 # This process's share of the batch, with labels, noise and target.
                 x_0, y, t, eps, kept = map(my_share, (x_0, y, t, eps, kept.expand(B)))
                 labelled = to_device(kept, device)
-                y = torch.where(labelled, y, NO_LABEL)
-                x_t = q_sample(x_0, t, eps, alpha_bar)
-                target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
+                y = torch.where(labelled, y, NO_LABEL) if soft_labels is None else y * labelled[:, None]
+                told = None
+                if args.augment == "diffaug":
+                    x_0 = datasets.diffaugment(x_0, ",".join(datasets.DIFFAUGMENT))
+                elif args.augment == "ada":
+                    x_0, told = datasets.ada(x_0)
+                if args.prediction == "edm":
+                    sigma = to_device(levels[t].float(), device)
+                    x_t, target = edm_pair(x_0, sigma.view(-1, 1, 1, 1), eps)
+                    level = sigma.log() / 4  # how noisy: what EDM's network is told for t
+                else:
+                    x_t = q_sample(x_0, t, eps, alpha_bar)
+                    target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
+                    level = to_device(t, device)
                 t = to_device(t, device)
 
                 # Line 6: a random label for each image, |Y| = 1; it may equal y.
                 tau = args.tau if step >= args.regularise_after * args.steps else 0.0
                 if tau > 0:
                     y_prime = to_device(my_share(torch.multinomial(q_Y, B, replacement=True)), device)
+                    if soft_labels is not None:
+                        y_prime = F.one_hot(y_prime, K).to(y.dtype)
 
                 # The network's answers to both labels.
                 masks = own_randomness(device, args.seed, step) if args.dropout else nullcontext()
                 with masks, torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     if tau == 0:
-                        h = net(x_t, t, y)
+                        h = net(x_t, level, y, told)
                     elif args.gamma > 0:  # in one pass of 2 B, each with its own dropout mask
                         both = torch.cat([y, y_prime])
-                        h, h_prime = net(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+                        told = None if told is None else told.repeat(2, 1)
+                        h, h_prime = net(x_t.repeat(2, 1, 1, 1), level.repeat(2), both, told).chunk(2)
                     else:  # nothing is learnt through h'
-                        h = net(x_t, t, y)
+                        h = net(x_t, level, y, told)
                         with torch.no_grad():
-                            h_prime = net(x_t, t, y_prime)
+                            h_prime = net(x_t, level, y_prime, told)
 
                 # Lines 5 and 7 to 11: the three terms of Eq. 4 and their sum.
-                L_DM = ddpm_loss(h, target)
+                L_DM = ddpm_loss(h, target, absolute=args.backbone == "vit")
                 L_r = L_rc = zero
                 if tau > 0:
                     L_r, L_rc = regularisers(h, h_prime, t, tau, labelled)
@@ -759,12 +973,18 @@ def main(argv=None):
     if args.export:
         draw = functools.partial(draw_class, ema_net, args, amp)
         datasets.export_by_label(args, ema, train.classes, draw)
-    if args.eval_images:
+    if args.class_grid:
+        draw_class_grid(ema, train.classes, args, amp)
+    elif args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
 
         labels = datasets.balanced_labels(args.eval_images, K)
-        images = sample_all(ema_net, labels, args, amp)
-        metrics.score_run(run_dir, images, labels, args, device)
+        for omega in args.sweep:
+            args.guidance = omega
+            where = run_dir / f"guidance-{omega:g}" if len(args.sweep) > 1 else run_dir
+            where.mkdir(exist_ok=True)
+            images = sample_all(ema_net, labels, args, amp, where)
+            metrics.score_run(where, images, labels, args, device, protocol={"guidance": omega})
 
 
 if __name__ == "__main__":

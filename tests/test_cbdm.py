@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT, edited, state_of
 from PIL import Image
@@ -235,9 +236,9 @@ def test_attention_against_scaled_dot_product_attention():
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
-def test_time_table_is_interleaved_sines_and_cosines():
-    table = cbdm.UNet(1, 32, (1,), 1, 0, 0.0).time_table
-    assert table.shape == (1000, 32) and torch.equal(table[0], torch.tensor([0.0, 1.0] * 16))
+def test_time_is_told_as_interleaved_sines_and_cosines():
+    table = cbdm.UNet(1, 32, (1,), 1, 0, 0.0).waves(torch.arange(38))
+    assert table.shape == (38, 32) and torch.equal(table[0], torch.tensor([0.0, 1.0] * 16))
     for i in (0, 5, 15):
         f = 10_000 ** (-2 * i / 32)
         assert table[37, 2 * i].item() == pytest.approx(math.sin(37 * f), abs=1e-5)
@@ -281,6 +282,158 @@ def test_initial_weights():
             assert module.out.weight.abs().max() < 1e-4
     assert model.tail[2].weight.abs().max() < 1e-5
     assert model.label.weight.std().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("num_classes, parameters", [(10, 35_756_035), (100, 35_802_115)])
+def test_parameters_with_ada(num_classes, parameters):
+    model = cbdm.UNet(num_classes, 128, (1, 2, 2, 2), 2, 1, 0.1, ada=True)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_soft_labels_are_the_mean_of_the_embeddings():
+    model = lively().eval()
+    x_t, t, y = noisy_batch()
+    one_hot = torch.nn.functional.one_hot(y, 5).double()
+    with torch.no_grad():
+        assert torch.equal(model(x_t, t, one_hot), model(x_t, t, y))  # to the bit
+        assert torch.equal(model(x_t, t, 0 * one_hot), model(x_t, t, torch.full_like(y, NO_LABEL)))
+        soft = torch.tensor([0.5, 0.25, 0.25, 0, 0]).double().expand(6, 5)
+        mean = (2 * model.label.weight[0] + model.label.weight[1] + model.label.weight[2]) / 4
+        mixed = model(x_t, t, soft)
+        model.label.weight[3] = mean
+        assert torch.allclose(mixed, model(x_t, t, torch.full_like(y, 3)), atol=1e-12)
+        with torch.autocast("cpu", torch.bfloat16):  # float32 all the same
+            float_model = lively().float()
+            a, b = (float_model.embedding(t, labels, None) for labels in (one_hot.float(), y))
+            assert torch.equal(a, b)
+
+
+def test_zeros_told_are_nothing_told():
+    torch.manual_seed(0)
+    model = cbdm.UNet(5, 32, (1, 2), 1, 1, 0.0, ada=True).double()
+    randomise(model)
+    x_t, t, y = noisy_batch()
+    with torch.no_grad():
+        zeros = torch.zeros(6, 9, dtype=torch.float64)
+        assert torch.equal(model(x_t, t, y, zeros), model(x_t, t, y))
+        assert not torch.allclose(model(x_t, t, y, zeros + 1), model(x_t, t, y))
+
+
+def test_parameters_of_the_papers_vit():
+    """Layer by layer from the table of Diffusion-ViT: width 384, 12 heads, 9 layers, 65 tokens."""
+    width, tokens, E = 384, 65, 260
+    layer = 4 * width + (E + 1) * 2 * tokens  # two norms; scale and shift of each token
+    layer += 3 * (width + 1) * width + (width + 1) * width  # q, k, v; out
+    layer += (width + 1) * 2 * width + (2 * width + 1) * width
+    ends = (48 + 1) * width + width + tokens * width + 2 * width + (width + 1) * 48
+    told = (width + 1) * E + (E + 1) * E + 100 * E
+    model = cbdm.ViT(100, 128, 32, 0.1)
+    assert sum(p.numel() for p in model.parameters()) == 9 * layer + ends + told
+    assert 9 * layer + ends + told == pytest.approx(11.2e6, rel=0.02)
+    assert model.layers[0].attention.num_heads == 12 and len(model.layers) == 9
+
+
+def test_the_vit_sees_its_patches_the_label_and_the_step():
+    torch.manual_seed(0)
+    model = cbdm.ViT(5, 32, 16, 0.0, ada=True, depth=2).double().eval()
+    x_t, t, y = noisy_batch(size=16)
+    with torch.no_grad():
+        h = model(x_t, t, y)
+        assert h.shape == x_t.shape
+        told = torch.ones(6, 9, dtype=torch.float64)
+        none = torch.full_like(y, NO_LABEL)
+        for other in (model(x_t, t, (y + 1) % 5), model(x_t, t + 7, y), model(x_t, t, none),
+                      model(x_t, t, y, told)):
+            assert (h - other).abs().amax((1, 2, 3)).min() > 1e-5
+        # Without layers an output patch depends on its own input patch alone: they keep their places.
+        model.layers = torch.nn.ModuleList()
+        h = model(x_t, t, y)
+        x_t[:, :, 6, 3] += 1  # in the patch of rows 6, 7 and columns 2, 3
+        moved = (model(x_t, t, y) != h).any(1)
+        assert moved[:, 6:8, 2:4].all() and moved.sum() == 6 * 4
+
+
+# ---------------------------------------------------------------------------------------------- EDM
+
+
+def test_edm_levels_are_quantiles_of_its_log_normal():
+    sigma = cbdm.edm_levels()
+    assert sigma.shape == (T,) and (sigma[1:] > sigma[:-1]).all()
+    assert scipy.stats.kstest(sigma.log().numpy(), scipy.stats.norm(-1.2, 1.2).cdf).statistic < 0.001
+    assert sigma[499].log().item() == pytest.approx(-1.2, abs=0.002)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
+def test_edm_preconditioning(sigma):
+    """Karras et al. 2022, App. B.6: input and target have variance 1 if the data has sigma_data^2."""
+    skip, out, scale = cbdm.edm_coefficients(sigma)
+    assert scale**2 * (0.25 + sigma**2) == pytest.approx(1)
+    # target = (x_0 - skip (x_0 + sigma eps)) / out
+    assert ((1 - skip) ** 2 * 0.25 + (skip * sigma) ** 2) / out**2 == pytest.approx(1)
+    # lambda = 1 / out^2, their Table 1
+    assert 1 / out**2 == pytest.approx((sigma**2 + 0.25) / (0.5 * sigma) ** 2)
+    x_0, eps = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64).unbind(0)
+    seen, target = cbdm.edm_pair(x_0, sigma, eps)
+    noisy = x_0 + sigma * eps
+    assert torch.allclose(seen, scale * noisy) and torch.allclose(skip * noisy + out * target, x_0, atol=1e-9)
+
+
+def test_edm_loss_of_the_best_denoiser_of_a_gaussian():
+    """x_0 ~ N(0, s^2): D = s^2 / (s^2 + sigma^2) x leaves s^2 sigma^2 / (s^2 + sigma^2), times lambda."""
+    torch.manual_seed(0)
+    s, sigma = 0.3, 0.7
+    x_0, eps = s * torch.randn(400_000, dtype=torch.float64), torch.randn(400_000, dtype=torch.float64)
+    seen, target = cbdm.edm_pair(x_0, sigma, eps)
+    skip, out, scale = cbdm.edm_coefficients(sigma)
+    best = (s**2 / (s**2 + sigma**2) - skip) * seen / scale / out  # F of that D
+    weighed = (sigma**2 + 0.25) / (0.5 * sigma) ** 2 * s**2 * sigma**2 / (s**2 + sigma**2)
+    assert cbdm.ddpm_loss(best, target).item() == pytest.approx(weighed, rel=0.01)
+    for other in (0.9, 1.1):
+        assert cbdm.ddpm_loss(other * best, target) > cbdm.ddpm_loss(best, target)
+    assert cbdm.ddpm_loss(best, target, absolute=True) == (best - target).abs().mean()
+
+
+def test_heun_is_of_second_order():
+    """For x_0 ~ N(m, s^2) the ODE keeps (x - m) / sqrt(s^2 + sigma^2): its end is known."""
+    m, s = 0.3, 0.25
+    x = 80 * torch.randn(50, dtype=torch.float64)
+    calls = []
+
+    def denoised(x, sigma):
+        calls.append(sigma)
+        return m + (x - m) * s**2 / (s**2 + sigma**2)
+
+    end = m + (x - m) * s / math.sqrt(s**2 + 80**2)
+    errors = [(cbdm.heun(denoised, x, steps) - end).abs().max().item() for steps in (18, 36, 72)]
+    assert [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([4, 4], rel=0.3)
+    calls.clear()
+    cbdm.heun(denoised, x, 18)
+    assert len(calls) == 35 and calls[0] == pytest.approx(80) and calls[-1] == pytest.approx(0.002)
+    # Their Eq. 5, written out for the second level of 18.
+    first, last = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    assert sorted(set(calls))[-2] == pytest.approx((first + (last - first) / 17) ** 7)
+
+
+def test_edm_samples_a_known_distribution():
+    """Through `sample`: the network answers for F, told ln sigma / 4 and shown c_in x."""
+    m, s = 0.3, 0.2
+
+    class Exact(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, y):
+            sigma = (4 * t.double()).exp().view(-1, 1, 1, 1)
+            x_t = x * (sigma**2 + 0.25).sqrt()
+            best = m + (x_t - m) * s**2 / (s**2 + sigma**2)
+            skip = 0.25 / (0.25 + sigma**2)
+            return ((best - skip * x_t) / (sigma * 0.5 / (sigma**2 + 0.25).sqrt())).float()
+
+    for omega in (0.0, 1.0):  # with both answers the same guidance changes nothing
+        args = sampling_settings(guidance=omega, clip_x0=False, ddim_steps=40, prediction="edm")
+        x = cbdm.sample(Exact(), torch.zeros(64).long(), args, False, 0, "heun").double() / 127.5 - 1
+        assert x.mean().item() == pytest.approx(m, abs=0.01) and x.std().item() == pytest.approx(s, abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -550,6 +703,12 @@ LOOPS = {
                           drop_whole_batch=True, resample="uniform"),
     "DDPM": dict(prediction="eps", label_set="train", gamma=0.25, tau=0.0, drop_rate=0.1,
                  regularise_after=0.0),
+    "EDM, ADA": dict(prediction="edm", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.3,
+                     regularise_after=0.34, augment="ada"),
+    "DiffAug, gamma 0": dict(prediction="v", label_set="bal", gamma=0.0, tau=0.01, drop_rate=0.3,
+                             regularise_after=0.0, augment="diffaug"),
+    "ViT, soft labels": dict(prediction="eps", label_set="bal", gamma=0.5, tau=0.01, drop_rate=0.3,
+                             regularise_after=0.0, backbone="vit"),
 }
 
 
@@ -563,38 +722,56 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
     monkeypatch.setattr(cbdm.UNet, "initialise", lambda self: (initialise(self), randomise(self)))
     flags = [x for k, v in c.items() if v is not True for x in ("--" + k.replace("_", "-"), str(v))]
     flags += ["--drop-whole-batch"] if c.get("drop_whole_batch") else []
+    vit, ada, edm = c.get("backbone") == "vit", c.get("augment") == "ada", c["prediction"] == "edm"
+    train = datasets.load("shapeslt", "data")
+    soft = None
+    if vit:
+        soft = torch.rand(len(train.labels), 10, generator=torch.Generator().manual_seed(3))
+        soft /= soft.sum(1, keepdim=True)
+        np.savez(tmp_path / "soft.npz", probabilities=soft, training_data=train.fingerprint, classifier="")
+        flags += ["--soft-labels", tmp_path / "soft.npz", "--image-size", "16"]
     state = tiny_run(tmp_path, *flags, "--lr", lr, "--beta2", beta2, "--ema", decay, "--warmup", warmup,
                      "--steps", steps,
                      "--lr-schedule", "constant", "--noise-schedule", "linear", "--amp", "off", "--seed", "5")
 
     torch.manual_seed(5)
-    model = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0)
+    model = cbdm.ViT(10, 8, 16, 0.0) if vit else cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0, ada=ada)
     averaged = {name: w.clone() for name, w in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2))
-    train = datasets.load("shapeslt", "data")
-    batches = datasets.Batches(train, B, c.get("resample", "data"), flip=True, seed=5)
+    batches = datasets.Batches(train, B, c.get("resample", "data"), flip=not ada, seed=5, targets=soft)
     N_k = train.counts.double()
-    norms, equal, unlabelled = [], 0, 0
+    quantiles = scipy.stats.norm(-1.2, 1.2).ppf((np.arange(1000) + 0.5) / 1000)
+    norms, unlabelled = [], 0
     for step in range(steps):
         x_0, y = next(batches)
         t, eps = torch.randint(0, 1000, (B,)), torch.randn_like(x_0)
-        cos, sin = angle(t).cos().float(), angle(t).sin().float()
-        x_t = cos * x_0 + sin * eps
-        target = eps if c["prediction"] == "eps" else cos * eps - sin * x_0
         dropped = torch.rand(1 if c.get("drop_whole_batch") else B) < c["drop_rate"]
+        dropped = dropped.expand(B)
+        told = ()
+        if ada:
+            x_0, *told = datasets.ada(x_0)
+        elif c.get("augment") == "diffaug":
+            x_0 = datasets.diffaugment(x_0, "color,translation,cutout")
+        cos, sin = angle(t).cos().float(), angle(t).sin().float()
+        x_t, level = cos * x_0 + sin * eps, t
+        target = eps if c["prediction"] == "eps" else cos * eps - sin * x_0
+        if edm:  # their Table 1, with the loss at the denoised image
+            sigma = torch.from_numpy(np.exp(quantiles))[t].float().view(-1, 1, 1, 1)
+            noisy, root = x_0 + sigma * eps, (sigma**2 + 0.25).sqrt()
+            x_t, level = noisy / root, sigma.flatten().log() / 4
+            target = (x_0 - 0.25 / root**2 * noisy) / (sigma * 0.5 / root)
         for i in range(B):
-            if dropped[i % len(dropped)]:
-                y[i] = NO_LABEL
-        unlabelled += (y == NO_LABEL).sum().item()
-        h = model(x_t, t, y)
-        loss = ((target - h) ** 2).mean()
+            if dropped[i]:
+                y[i] = 0 if vit else NO_LABEL
+        unlabelled += dropped.sum().item()
+        h = model(x_t, level, y, *told)
+        loss = (target - h).abs().mean() if vit else ((target - h) ** 2).mean()
         if c["tau"] and step >= c["regularise_after"] * steps:
             q = {"train": N_k, "bal": torch.ones(10).double(), "sqrt": N_k**0.5}[c["label_set"]]
             y_prime = torch.multinomial(q / q.sum(), B, replacement=True)
-            equal += (y_prime == y).sum().item()
-            h_prime = model(x_t, t, y_prime)
+            h_prime = model(x_t, level, y_prime, *told)
             for i in range(B):
-                if y[i] != NO_LABEL:
+                if not dropped[i]:
                     moves_h = ((h[i] - h_prime[i].detach()) ** 2).mean()
                     moves_h_prime = ((h[i].detach() - h_prime[i]) ** 2).mean()
                     loss = loss + c["tau"] * t[i] / B * (moves_h + c["gamma"] * moves_h_prime)
@@ -607,11 +784,15 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
         optimizer.param_groups[0]["lr"] = lr * min(1, step / warmup)
         optimizer.step()
         averaged = {name: decay * averaged[name] + (1 - decay) * w for name, w in model.state_dict().items()}
-    assert max(norms) > 1.5 and unlabelled > 0  # the clipping bites, labels were dropped
+    assert (vit or max(norms) > 1.5) and unlabelled > 0  # the clipping bites, labels were dropped
     for name, w in model.state_dict().items():
         if name.endswith(".k.bias"):  # softmax does not see it: its gradient is 0, and Adam steps on rounding
             assert model.get_parameter(name).grad.abs().max() < 1e-6 * gradient.abs().max()
             continue
+        if name.endswith("in_proj_bias"):  # the same three in one: leave out the second third
+            w, averaged[name] = w.chunk(3)[::2], averaged[name].chunk(3)[::2]
+            for weights in (state["model"], state["ema"]):
+                weights[name] = weights[name].chunk(3)[::2]
         for found, expected in ((state["model"][name], w), (state["ema"][name], averaged[name])):
             torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m,
                                        name=name: f"{name}: {m}")
@@ -901,7 +1082,7 @@ def evaluation(tmp_path, monkeypatch, **changes):
 
 def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     model, *rest = evaluation(tmp_path / "whole", monkeypatch)
-    whole = cbdm.sample_all(model, *rest)
+    whole = cbdm.sample_all(model, *rest, rest[1].run_dir)
     monkeypatch.setattr(cbdm, "SAVE_SECONDS", 0)
     model, *rest = evaluation(tmp_path, monkeypatch)
     sampled, calls = cbdm.sample, []
@@ -914,9 +1095,9 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cbdm, "sample", interrupted)
-        cbdm.sample_all(model, *rest)
+        cbdm.sample_all(model, *rest, rest[1].run_dir)
     model.images = 0
-    again = cbdm.sample_all(model, *rest)
+    again = cbdm.sample_all(model, *rest, rest[1].run_dir)
     assert torch.equal(whole, again) and model.images == 4 * 2 and not (tmp_path / "samples.part").exists()
 
 
@@ -966,11 +1147,11 @@ def test_an_edited_script_is_named_when_a_run_resumes(tmp_path, capsys):
 def test_finished_samples_are_used_again_only_where_nothing_changed(tmp_path, monkeypatch):
     """Other settings, other weights or an edited script: they are made again; with --eval-only always."""
     model, labels, args, amp = evaluation(tmp_path, monkeypatch)
-    first = cbdm.sample_all(model, labels, args, amp)
+    first = cbdm.sample_all(model, labels, args, amp, args.run_dir)
 
     def made_again(args):
         model.images = 0
-        images = cbdm.sample_all(model, labels, args, amp)
+        images = cbdm.sample_all(model, labels, args, amp, args.run_dir)
         return model.images > 0, torch.equal(images, first)
 
     assert made_again(args) == (False, True)
