@@ -12,20 +12,27 @@ Names
     cifar10lt, cifar100lt       exponential tail of Cao et al. 2019 (LDAM, arXiv:1906.07413); --rho sets it
     cifar10imb, cifar100imb     the histograms of Softlabel-GAN (Katsumata et al., WACV 2024)
     cifar10imb-90, -120         cifar10imb with more images: 90 or 120 in its smallest class (their Fig. 5)
+    flowers102                  Oxford flowers (Nilsback and Zisserman 2008), all 8,189, as in Softlabel-GAN
+    tinyimagenet                Tiny ImageNet, 200 classes with 500 training images each
+    tinyimagenetimb             47,602 of these, 41 to 483 a class, as in Softlabel-GAN
+    inat2019                    iNaturalist 2019, 1,010 species with a tail of their own, as in CBGAN
     folder:PATH                 your own images: PATH/train/<class>/* or PATH/<class>/* and, if you have them,
                                 PATH/test and PATH/reference with the same classes
 Splits
     train       what a method learns from
-    reference   the balanced images that scores compare with: the full training set for CIFAR and cifar*lt (as
-                in CBDM, CVPR 2023), the test set for cifar*imb (as in Softlabel-GAN), a new drawing of shapes
-    test        held-out images, balanced
+    reference   the balanced images that scores compare with: the full training set for CIFAR, cifar*lt (as in
+                CBDM, CVPR 2023) and tinyimagenet, the test set for *imb (as in Softlabel-GAN), a new drawing
+                of shapes; for inat2019 16 training images a class, 16,160 (as in CBGAN, UAI 2021)
+    test        held-out images, balanced; Tiny ImageNet's and iNaturalist's are their validation sets
+    All three splits of flowers102 are all its images, as in Softlabel-GAN: nothing is held out.
     A folder's reference is PATH/reference, else PATH/test. Where it has neither, a part of each class is both
     and held out from training, the same files on each machine: of n images n // 5, at most 100.
 
-CIFAR and folders are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8,
-labels (N,) int64, classes (K,) str; of a folder also its path and a fingerprint of its files. From then on
-nothing else is read, so a data directory can be copied to a machine without a network or without your photos.
+Images are decoded once, into <data-dir>/<source>-<split>-<size>.npz: images (N, H, W, 3) uint8, labels (N,)
+int64, classes (K,) str; of files also where they lay and a fingerprint of them. From then on nothing else is
+read, so a data directory can be copied to a machine without a network or without your photos.
 All images stay in memory (CIFAR: 150 MB), which makes a batch one indexing operation: no workers, no queue.
+Arrays of 256 MB or more are mapped: the system reads an image when it is first drawn.
 
 The last section, "For every command line", is what all scripts share and no paper is about.
 """
@@ -48,6 +55,8 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,9 +67,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-CIFAR_NAMES = ("cifar10", "cifar100", "cifar10lt", "cifar100lt",
-               "cifar10imb", "cifar100imb", "cifar10imb-90", "cifar10imb-120")
-NAMES = ("shapes", "shapeslt", *CIFAR_NAMES, "folder:PATH")
+NAMES = ("shapes", "shapeslt", "cifar10", "cifar100", "cifar10lt", "cifar100lt",
+         "cifar10imb", "cifar100imb", "cifar10imb-90", "cifar10imb-120",
+         "flowers102", "tinyimagenet", "tinyimagenetimb", "inat2019", "folder:PATH")
+# Pixels, by how a name begins. CBGAN: 64 for inat2019. Softlabel-GAN: 128 for flowers102, and Tiny ImageNet's
+# 64 enlarged to 128 (--image-size 128).
+SIZES = {"shapes": 16, "cifar100": 32, "cifar10": 32, "flowers102": 128, "tinyimagenet": 64, "inat2019": 64,
+         "folder:": 32}
 LONG_TAILED = ("shapeslt", "cifar10lt", "cifar100lt")  # those with a --rho; a folder may have one
 IMBALANCES = ("exp", "step")  # from head to tail
 SPLITS = ("train", "reference", "test")
@@ -81,11 +94,15 @@ class InputError(Exception):
 
 @dataclasses.dataclass
 class ImageSet:
-    """images (N, 3, H, W) uint8 tensor, labels (N,) int64 tensor in [0, K), classes: K names by label."""
+    """images (N, 3, H, W) uint8 tensor, labels (N,) int64 tensor in [0, K), classes: K names by label.
+
+    remember: called with what computes the fingerprint, which takes seconds for each GB; see `remembered`.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
+    remember: Callable = lambda compute: compute()
 
     @property
     def counts(self):
@@ -102,10 +119,13 @@ class ImageSet:
     @property
     def fingerprint(self):
         """16 hexadecimal digits that tell these images and labels from others."""
-        digest = hashlib.sha256()
-        for block in (*self.images.split(32), self.labels):  # in blocks: images may lie as (N, H, W, 3)
-            digest.update(np.ascontiguousarray(block.numpy()))
-        return digest.hexdigest()[:16]
+        def compute():
+            digest = hashlib.sha256()
+            for block in (*self.images.split(32), self.labels):  # in blocks: images may lie as (N, H, W, 3)
+                digest.update(np.ascontiguousarray(block.numpy()))
+            return digest.hexdigest()[:16]
+
+        return self.remember(compute)
 
 
 @contextlib.contextmanager
@@ -144,13 +164,13 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0, imbal
     data_dir    where prepared arrays are read and written (not used for shapes)
     split       "train", "reference" or "test", see the top of this file. A folder with neither of the latter
                 holds out n // 5 of n images a class, at most 100; if that is none, the reference is train
-    image_size  height and width in pixels; None: shapes 16, CIFAR 32, folder 32
+    image_size  height and width in pixels; None: see SIZES
     rho         imbalance ratio >= 1: images in the head class / images in the tail class. None: 100 for the
                 *lt sets, the folder as it is for folder:, which rho thins, best a balanced one: head first in
                 alphabetical order, its smallest class says how many the head keeps. Other sets have none
     seed        which images the training split holds, not how a method trains. cifar*lt: 0 is the subset of
                 Cao et al. 2019; another seed gives another subset with the same counts; folder: with rho
-                likewise. shapes: seeds the drawing. Reference, test and cifar*imb never depend on it
+                likewise. shapes: seeds the drawing. Reference, test and *imb never depend on it
     imbalance   "exp" or "step", see `long_tailed_counts`
     returns     ImageSet
     raises      InputError
@@ -172,8 +192,9 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0, imbal
         raise InputError(f"rho is {rho:g}; images in the head class / images in the tail class are 1 or more")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}; NumPy takes 0 to 2**32 - 1")
-    shapes = name.startswith("shapes")
-    size = image_size if image_size is not None else (16 if shapes else 32)
+    source = next(source for source in SIZES if name.startswith(source))
+    shapes = source == "shapes"
+    size = image_size if image_size is not None else SIZES[source]
     largest = LARGEST_SHAPES if shapes else LARGEST_SIZE
     if not SMALLEST_SIZE <= size <= largest:
         raise InputError(f"image size is {size}; {name} takes {SMALLEST_SIZE} to {largest} pixels")
@@ -182,24 +203,30 @@ def load(name, data_dir, split="train", image_size=None, rho=None, seed=0, imbal
         images, labels = draw_shapes(split, size, rho, seed, narrow_hues=long_tailed, imbalance=imbalance)
         return ImageSet(images, labels, list(SHAPES))
 
-    source = "cifar100" if name.startswith("cifar100") else "cifar10"
     imbalanced = "imb" in name and not folder
     stored = split if split != "reference" else ("test" if imbalanced else "train")
+    if source == "flowers102":
+        stored = "train"
     with first_process_first():
         if folder:
             images, labels, classes = load_folder(name.removeprefix("folder:"), Path(data_dir), split, size)
         else:
-            images, labels, classes = load_cifar(source, Path(data_dir), stored, size)
-    if split == "train" and (thinned or imbalanced):
-        if thinned:
-            n_max = np.bincount(labels).min() if folder else len(labels) // len(classes)
-            counts = long_tailed_counts(n_max, len(classes), rho, imbalance)
-            keep = subset(labels, counts, np.random.RandomState(seed))
-        else:
-            _, _, smallest = name.partition("-")
-            keep = subset(labels, softlabel_gan_counts(len(classes), int(smallest or 65)))
-        images, labels = images[keep], labels[keep]
-    return image_set(images, labels, classes)
+            images, labels, classes = load_source(source, Path(data_dir), stored, size)
+    keep = slice(None)
+    if split == "train" and thinned:
+        n_max = np.bincount(labels).min() if folder else len(labels) // len(classes)
+        counts = long_tailed_counts(n_max, len(classes), rho, imbalance)
+        keep = subset(labels, counts, np.random.RandomState(seed))
+    elif split == "train" and imbalanced:
+        _, _, smallest = name.partition("-")
+        keep = subset(labels, softlabel_gan_counts(len(classes), int(smallest or 65)))
+    elif split == "reference" and source == "inat2019":  # balanced, so as many as the rarest class has
+        keep = subset(labels, [np.bincount(labels).min()] * len(classes))
+    data = image_set(images[keep], labels[keep], classes)
+    if isinstance(images, np.memmap):
+        chosen = hashlib.sha256(np.arange(len(labels))[keep]).hexdigest()
+        data.remember = functools.partial(remembered, Path(images.filename), f"fingerprint {chosen}")
+    return data
 
 
 def image_set(images, labels, classes):
@@ -232,16 +259,20 @@ HISTOGRAM_TOTAL = {65: 5000, 90: 6900, 120: 9150}
 
 
 def softlabel_gan_counts(num_classes, smallest=65):
-    """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class) or CIFAR-100 (2993, 6 to 36 a class).
+    """(K,) int64: imbalanced CIFAR-10 (3208 images, 65 to 1720 a class), CIFAR-100 (2993, 6 to 36 a class) or
+    Tiny ImageNet (47,602, 41 to 483).
 
     Softlabel-GAN, official datasets.py: 5000 times the probability that a log-normal (s=3; K = 10) or
     chi-squared (df=3; K = 100) variable falls into each of K equal bins on [0, 3], rounded down. Then a fixed
     permutation assigns them to the classes. smallest: 65, 90 or 120, see HISTOGRAM_TOTAL.
+    CHOICE, for Tiny ImageNet (K = 200): 50,000 times, chi-squared, on [0, 8], which that file has commented
+    out. It alone gives the paper's counts; the Pareto law of the paper's words gives 18,642 images.
     """
     import scipy.stats  # here because its import takes a second and only these sets need it
 
     law = scipy.stats.lognorm(s=3) if num_classes == 10 else scipy.stats.chi2(df=3)
-    bins = HISTOGRAM_TOTAL[smallest] * np.diff(law.cdf(np.linspace(0, 3, num_classes + 1)))
+    total, end = (50_000, 8) if num_classes == 200 else (HISTOGRAM_TOTAL[smallest], 3)
+    bins = total * np.diff(law.cdf(np.linspace(0, end, num_classes + 1)))
     return np.floor(bins).astype(np.int64)[np.random.RandomState(15).permutation(num_classes)]
 
 
@@ -279,6 +310,7 @@ def thirds(counts):
 # Prepared arrays
 # --------------------------------------------------------------------------------------------------
 REPLACE_IT = "delete it or replace it by a good copy, then run again"
+MAPPED_FROM = 2**28  # bytes of images: below, reading them takes half a second
 
 
 @contextlib.contextmanager
@@ -299,7 +331,7 @@ def prepared_file(path):
 def read_prepared(path, size):
     """images (N, size, size, 3) uint8, labels (N,) int64, classes (K,) str; InputError for anything else."""
     with prepared_file(path) as file:
-        images, labels, classes = file["images"], file["labels"], file["classes"]
+        images, labels, classes = stored_images(path, file), file["labels"], file["classes"]
     wrong = None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
         wrong = f"images are {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3)"
@@ -314,6 +346,44 @@ def read_prepared(path, size):
     if wrong:
         raise InputError(f"{path} is not a prepared data set ({wrong}); {REPLACE_IT}")
     return images, labels, classes
+
+
+def stored_images(path, file):
+    """The array `images` of a prepared file: read, or mapped if it is large. np.savez doesn't compress it.
+
+    Reading checks the sums (CRC-32) that a zip has of its contents. Of a mapped file they are checked once.
+    """
+    info = file.zip.getinfo("images.npy")
+    if info.file_size < MAPPED_FROM or info.compress_type != zipfile.ZIP_STORED:
+        return file["images"]
+    with open(str(path), "rb") as raw:  # str: for the .filename of a memmap
+        raw.seek(info.header_offset + 26)  # where a zip has the lengths of the name and of what else precedes
+        raw.seek(info.header_offset + 30 + int(np.fromfile(raw, "<u2", 2).sum()))
+        np.lib.format.read_magic(raw)
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(raw)
+        if by_column or dtype != np.uint8:
+            return file["images"]
+
+        def check():
+            if damaged := file.zip.testzip():
+                raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
+            return "sound"
+
+        remembered(path, "sound", check)
+        return np.memmap(raw, dtype, "c", raw.tell(), shape)  # c: what a caller writes stays in memory
+
+
+def remembered(path, what, compute):
+    """compute(), a text on the large file at `path`: kept beside it until that file changes or is a copy."""
+    now = os.stat(path)
+    key = hashlib.sha256(f"{what} {now.st_ino} {now.st_size} {now.st_mtime_ns}".encode()).hexdigest()[:16]
+    note = path.with_name(f"{path.stem}-{key}.txt")
+    if note.exists():
+        return note.read_text()
+    text = compute()
+    with contextlib.suppress(InputError), atomic_write(note) as file:  # a directory may be for reading alone
+        file.write(text.encode())
+    return text
 
 
 def read_origin(path):
@@ -331,44 +401,112 @@ def resize(image, size):
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
 
 
-def load_cifar(source, data_dir, split, size):
-    """images (N, size, size, 3), labels, classes of "cifar10" or "cifar100"; split "train" or "test"."""
+# The downloads: archives, in which directory of the data directory, from where.
+DOWNLOADS = {
+    "cifar10": ("cifar-10-python.tar.gz", "", "https://www.cs.toronto.edu/~kriz/"),
+    "cifar100": ("cifar-100-python.tar.gz", "", "https://www.cs.toronto.edu/~kriz/"),
+    "flowers102": ("102flowers.tgz, imagelabels.mat and setid.mat", "flowers-102",
+                   "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
+    "tinyimagenet": ("tiny-imagenet-200.zip", "", "http://cs231n.stanford.edu/"),
+    "inat2019": ("val2019.json.tar.gz, and train_val2019.tar.gz under the name 2019.tgz,", "",
+                 "https://ml-inat-competition-datasets.s3.amazonaws.com/2019/"),
+}
+MD5 = {"tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de",  # as in many public loaders
+       "val2019.json.tar.gz": "5cc5509b0fe495f1c8c1362612448497"}  # the competition's page
+# What was unpacked in part is seen by its number of images. CBGAN counts iNaturalist's 3,030 twice: as test
+# images, and in its 268,243 training images.
+IMAGES = {("flowers102", "train"): 8_189,
+          ("tinyimagenet", "train"): 100_000, ("tinyimagenet", "test"): 10_000,
+          ("inat2019", "train"): 265_213, ("inat2019", "test"): 3_030}
+
+
+def load_source(source, data_dir, split, size):
+    """images (N, size, size, 3), labels, classes of one of DOWNLOADS; split "train" or "test"."""
     path = data_dir / f"{source}-{split}-{size}.npz"
     if not path.exists():
-        prepare_cifar(source, data_dir, split, size, path)
+        (prepare_cifar if source.startswith("cifar") else prepare_files)(source, data_dir, split, size, path)
     return read_prepared(path, size)
 
 
 def prepare_cifar(source, data_dir, split, size, path):
     """Writes the prepared arrays: 32 pixels from the download, other sizes from the prepared 32."""
     if size == 32:
-        images, labels, classes = download_cifar(source, data_dir, split, path)
+        loaded = download(source, data_dir, split, path)
+        images, labels, classes = loaded.data, np.array(loaded.targets, dtype=np.int64), loaded.classes
     else:
-        small, labels, classes = load_cifar(source, data_dir, split, 32)
+        small, labels, classes = load_source(source, data_dir, split, 32)
         images = np.empty((len(small), size, size, 3), np.uint8)
         for i, image in enumerate(tqdm(small, f"resizing {source} {split}")):
             images[i] = resize(Image.fromarray(image), size)
     with atomic_write(path) as file:
-        np.savez(file, images=images, labels=labels, classes=classes)
+        np.savez(file, images=images, labels=labels, classes=np.array(classes))
 
 
-def download_cifar(source, data_dir, split, path):
-    """CIFAR through torchvision, which checks the MD5 sum and keeps an archive that is there already."""
-    import torchvision  # here because a prepared set does not need it
+def prepare_files(source, data_dir, split, size, path):
+    """Writes the prepared arrays of a download that is a directory of images, in the order of their names.
 
-    dataset = torchvision.datasets.CIFAR100 if source == "cifar100" else torchvision.datasets.CIFAR10
+    Images are cropped to a square. Softlabel-GAN's code squeezes its flowers instead.
+    """
+    classes, pairs = download(source, data_dir, split, path)
+    if len(pairs) != IMAGES[source, split]:
+        raise InputError(f"{source} has {IMAGES[source, split]:,d} {split} images, but in {data_dir} are "
+                         f"{len(pairs):,d}; remove what was unpacked there, then run again")
+    files, labels = zip(*sorted(pairs, key=lambda pair: (pair[1], pair[0])), strict=True)
+    write_prepared(path, source, data_dir, split, size, np.array(classes), files, np.array(labels, np.int64))
+
+
+def download(source, data_dir, split, path):
+    """`unpacked`, with one line for whatever goes wrong. path: of the prepared arrays, to name them."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the data directory {data_dir}: {error}") from error
     try:
-        loaded = dataset(root=str(data_dir), train=split == "train", download=True)
+        return unpacked(source, data_dir, split)
     except Exception as error:  # urllib, http, tarfile and torchvision each raise their own
+        archives, where, url = DOWNLOADS[source]
         raise InputError(
-            f"cannot get {source} ({error}); copy {dataset.filename} (from {dataset.url}) "
+            f"cannot get {source} ({error}); copy {archives} (from {url}) into {data_dir / where} "
             f"or a prepared {path.name} into {data_dir}, then run again"
         ) from error
-    return loaded.data, np.array(loaded.targets, dtype=np.int64), np.array(loaded.classes)
+
+
+def unpacked(source, data_dir, split):
+    """torchvision downloads, checks MD5 sums, and keeps an archive that is there already.
+
+    Returns its data set of CIFAR; of the others the classes, by label, and (file, label) of each image.
+    """
+    from torchvision import datasets  # here because a prepared set does not need it
+
+    def fetch(archive):
+        url = DOWNLOADS[source][2] + archive
+        datasets.utils.download_and_extract_archive(url, data_dir, md5=MD5[archive])
+
+    if source.startswith("cifar"):
+        dataset = datasets.CIFAR100 if source == "cifar100" else datasets.CIFAR10
+        return dataset(root=str(data_dir), train=split == "train", download=True)
+    if source == "flowers102":
+        parts = [datasets.Flowers102(data_dir, part, download=True, loader=str)
+                 for part in ("train", "val", "test")]
+        return parts[0].classes, [part[i] for part in parts for i in range(len(part))]
+    if source == "inat2019":  # the archive holds both splits; the competition's list says which is which
+        found = datasets.INaturalist(data_dir, "2019", download=True)
+        fetch("val2019.json.tar.gz")
+        listed = json.loads((data_dir / "val2019.json").read_text())["images"]
+        test = {os.path.basename(image["file_name"]) for image in listed}
+        classes = found.all_categories  # <super category>/<number>
+        return classes, [(os.path.join(found.root, classes[c], name), c) for c, name in found.index
+                         if (name in test) == (split == "test")]
+    where = data_dir / "tiny-imagenet-200"
+    if not where.is_dir():
+        fetch("tiny-imagenet-200.zip")
+    classes = [directory.name for directory in directories_in(where / "train")]
+    if split == "train":
+        return classes, [(file, c) for c, name in enumerate(classes)
+                         for file in images_in(where / "train" / name / "images")]
+    rows = (where / "val" / "val_annotations.txt").read_text().splitlines()  # file, class, box
+    return classes, [(str(where / "val" / "images" / file), classes.index(name))
+                     for file, name, *_ in map(str.split, rows)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,7 +602,15 @@ def prepare_folder(root, split, size, path):
             return
         changed = directory_of(root, split)
         print(f"{changed} has changed since {path} was prepared; preparing it again", file=sys.stderr)
-    # The images go to a part file, not to memory; a preparation that was cut short resumes from it.
+    write_prepared(path, fingerprint, root, split, size, classes, files, labels)
+
+
+def write_prepared(path, fingerprint, root, split, size, classes, files, labels):
+    """Decodes the files, N paths below `root`, with classes (K,) and labels (N,), into prepared arrays.
+
+    The images go to a part file, not to memory; a preparation that was cut short resumes from it, unless the
+    fingerprint says that it was of other files.
+    """
     part, head = path.with_suffix(".part"), fingerprint.encode()
     image_bytes = 3 * size**2
     try:
@@ -1004,11 +1150,13 @@ def main():
     parser.add_argument("--data-dir", default="data", help="of prepared data sets (default: data)")
     parser.add_argument("--rho", type=float, help=f"imbalance ratio: *lt sets {DEFAULT_RHO}, folders none")
     parser.add_argument("--imbalance", choices=IMBALANCES, default="exp", help="with rho (default: exp)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: 16 for shapes, else 32)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: 16 for shapes, 128 for flowers102, "
+                        "64 for tinyimagenet* and inat2019, else 32)")
     parser.add_argument("--out", metavar="PNG", help="the picture (default: <data-dir>/<name>.png)")
     args = parser.parse_args()
     where = args.name, args.data_dir
     train, reference = (load(*where, s, args.image_size, args.rho, 0, args.imbalance) for s in SPLITS[:2])
+    _ = train.fingerprint  # of a large file: now, so that a training starts at once
     size, counts = train.images.shape[-1], train.counts
     splits, rule = SPLITS, ""
     if args.name.startswith("folder:"):  # only a folder may lack a test split

@@ -4,6 +4,7 @@ import argparse
 import colorsys
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ import types
 import unicodedata
 import urllib.error
 import urllib.request
+import zipfile
 
 import numpy as np
 import pytest
@@ -199,6 +201,24 @@ def test_fingerprint_hashes_the_bytes_without_copying_them():
         tracemalloc.stop()
     turned = images.mT  # not contiguous: the bytes that count are those of a contiguous copy
     assert ImageSet(turned, labels, ["a"]).fingerprint == expected(turned.contiguous(), labels) != known
+
+
+def test_imbalanced_tiny_imagenet(tmp_path, monkeypatch):
+    """47,602 images, 41 to 483 a class: the paper, §5.1. The first ten classes and the places of the extremes
+    were computed from the official file's law with another program."""
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(200), 500))
+    classes = np.array([f"n{c:08d}" for c in range(200)])
+    for split, n in (("train", 100_000), ("test", 10_000)):
+        np.savez(tmp_path / f"tinyimagenet-{split}-{SIZE}.npz", images=numbered(n), labels=labels[:n],
+                 classes=classes)
+    data = load("tinyimagenetimb", tmp_path, image_size=SIZE)
+    assert len(data.labels) == 47_602 and (data.counts.min(), data.counts.max()) == (41, 483)
+    assert data.counts[:10].tolist() == [417, 47, 439, 66, 140, 451, 478, 68, 117, 383]
+    assert (data.counts.argmin(), data.counts.argmax()) == (94, 15)
+    assert numbers(data.images[data.labels == 94]).tolist() == np.flatnonzero(labels == 94)[:41].tolist()
+    assert len(load("tinyimagenetimb", tmp_path, "reference", SIZE).labels) == 10_000  # the validation set
+    balanced = load("tinyimagenet", tmp_path, "reference", SIZE)
+    assert len(balanced.labels) == 100_000 and balanced.counts.unique().tolist() == [500]
 
 
 # Names and arguments ----------------------------------------------------------------------------------------
@@ -651,6 +671,12 @@ def prepared_arrays():
     return dict(images=numbered(20), labels=np.arange(20) % 10, classes=np.array(list("abcdefghij")))
 
 
+@pytest.fixture(params=["read", "mapped"])
+def large(request, monkeypatch):
+    """Prepared files are read as small ones are, or mapped as large ones."""
+    monkeypatch.setattr(datasets, "MAPPED_FROM", {"read": 2**28, "mapped": 0}[request.param])
+
+
 @pytest.mark.parametrize("change", [
     lambda a: a.pop("labels"),
     lambda a: a.update(images=a["images"].astype(np.float32)),
@@ -663,7 +689,7 @@ def prepared_arrays():
     lambda a: a.update(classes=np.arange(10)),
     lambda a: a.update(images=a["images"][:0], labels=a["labels"][:0]),
 ])
-def test_prepared_files_with_something_else_in_them(tmp_path, change):
+def test_prepared_files_with_something_else_in_them(tmp_path, change, large):
     arrays, path = prepared_arrays(), tmp_path / f"cifar10-test-{SIZE}.npz"
     np.savez(path, **arrays)
     assert len(load("cifar10", tmp_path, "test", SIZE).labels) == 20
@@ -673,7 +699,7 @@ def test_prepared_files_with_something_else_in_them(tmp_path, change):
         load("cifar10", tmp_path, "test", SIZE)
 
 
-def test_damaged_prepared_files(tmp_path):
+def test_damaged_prepared_files(tmp_path, large):
     path = tmp_path / f"cifar10-test-{SIZE}.npz"
     np.savez(path, **prepared_arrays())
     whole = path.read_bytes()
@@ -689,6 +715,51 @@ def test_damaged_prepared_files(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_large_prepared_file_is_mapped_and_checked_once(tmp_path, monkeypatch):
+    path, checks, hashed = tmp_path / f"cifar10-test-{SIZE}.npz", [], []
+    rows = np.arange(1000)
+    arrays = dict(images=numbered(1000), labels=rows % 10, classes=np.array(list("abcdefghij")))
+    np.savez(path, **arrays)
+    known = load("cifar10", tmp_path, "test", SIZE).fingerprint  # of the file as it is read
+    monkeypatch.setattr(datasets, "MAPPED_FROM", arrays["images"].nbytes)
+    testzip, ascontiguousarray = zipfile.ZipFile.testzip, np.ascontiguousarray
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checks.append(1) or testzip(file))
+    monkeypatch.setattr(np, "ascontiguousarray", lambda x: hashed.append(len(x)) or ascontiguousarray(x))
+    for _ in range(2):
+        data = load("cifar10", tmp_path, "test", SIZE)
+        assert data.fingerprint == known and checks == [1] and sum(hashed) == 2000  # images and labels
+    assert numbers(data.images).tolist() == rows.tolist()
+    data.images[0] = 255  # stays in memory
+    again = load("cifar10", tmp_path, "test", SIZE)
+    assert numbers(again.images).tolist() == rows.tolist()
+
+    path.rename(tmp_path / "moved.npz")  # a copy is checked again
+    path.write_bytes((tmp_path / "moved.npz").read_bytes())
+    assert load("cifar10", tmp_path, "test", SIZE).fingerprint == known and checks == [1, 1]
+    np.savez(path, **arrays | {"images": arrays["images"][::-1]})
+    other = load("cifar10", tmp_path, "test", SIZE)
+    assert other.fingerprint != known and numbers(other.images).tolist() == rows[::-1].tolist()
+
+    def full_disk(path):
+        raise InputError("disk full")
+
+    monkeypatch.setattr(datasets, "atomic_write", full_disk)
+    np.savez(path, **arrays)
+    assert load("cifar10", tmp_path, "test", SIZE).fingerprint == known  # goes without notes
+    np.savez_compressed(path, **arrays)
+    assert load("cifar10", tmp_path, "test", SIZE).fingerprint == known  # is read
+
+
+def test_parts_of_a_large_file_have_their_own_fingerprints(cifar, monkeypatch):
+    """What is asked of it: those of the same images in memory, for each rho and seed."""
+    asked = [dict(rho=rho, seed=seed) for rho in (100, 50) for seed in (0, 1)]
+    before = [load("cifar100lt", cifar, "train", SIZE, **a).fingerprint for a in asked]
+    monkeypatch.setattr(datasets, "MAPPED_FROM", 0)
+    for _ in range(2):
+        assert [load("cifar100lt", cifar, "train", SIZE, **a).fingerprint for a in asked] == before
+    assert len(set(before)) == 4
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
@@ -697,9 +768,10 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def test_pickles_are_not_opened(tmp_path):
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_pickles_are_not_opened(tmp_path, name, large):
     bomb = np.array([Bomb(str(tmp_path / "went off"))], dtype=object)
-    np.savez(tmp_path / f"cifar10-test-{SIZE}.npz", **prepared_arrays() | {"labels": bomb})
+    np.savez(tmp_path / f"cifar10-test-{SIZE}.npz", **prepared_arrays() | {name: bomb})
     with pytest.raises(InputError, match="allow_pickle"):
         load("cifar10", tmp_path, "test", SIZE)
     assert not (tmp_path / "went off").exists()
@@ -769,7 +841,7 @@ def test_cifar_from_an_archive_that_was_copied_here(tmp_path, monkeypatch, capsy
 def test_a_file_that_is_refused_stays_as_it_is(tmp_path, monkeypatch):
     """It may be the only copy, so it is neither deleted nor replaced by a download. No code in it is run."""
     path, trace = tmp_path / f"cifar10-test-{SIZE}.npz", tmp_path / "went off"
-    monkeypatch.setattr(datasets, "download_cifar", None)  # would be an error if it were called
+    monkeypatch.setattr(datasets, "download", None)  # would be an error if it were called
     bomb = np.array([Bomb(str(trace))], dtype=object)
     for change in ({}, {"labels": np.arange(20) % 11}, {"classes": bomb}, {"images": bomb}):
         np.savez(path, **prepared_arrays() | change)
@@ -811,6 +883,135 @@ def test_a_disk_that_refuses(tmp_path):
     with pytest.raises(InputError, match="cannot write"), atomic_write(tmp_path / "directory") as file:
         file.write(b"new")
     assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
+# Downloads that are images ----------------------------------------------------------------------------------
+def jpeg(number, size=(40, 40)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (number, number, number)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def tar(files):
+    """The bytes of a .tar.gz of these files, {path: bytes}, and their MD5 sum."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as out:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    return archive.getvalue(), hashlib.md5(archive.getvalue()).hexdigest()
+
+
+def greys(data):
+    """The grey of each image of one colour: what `jpeg` was given."""
+    return data.images.float().mean((1, 2, 3)).round().int().tolist()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+
+
+def test_flowers(tmp_path, monkeypatch, no_network):
+    """All three parts of it, in each split."""
+    import scipy.io
+    from torchvision.datasets import Flowers102
+
+    where, mat = tmp_path / "flowers-102", {}
+    where.mkdir()
+    labels = [2, 1, 2, 1, 102]  # of images 1 to 5, counted from 1
+    archive, md5 = tar({f"jpg/image_{i + 1:05d}.jpg": jpeg(50 * i, (60, 30)) for i in range(5)})
+    (where / "102flowers.tgz").write_bytes(archive)
+    sums = {"image": ("102flowers.tgz", md5)}
+    parts = {"trnid": [[4, 1]], "valid": [[5, 3]], "tstid": [[2, 2]]}
+    for kind, name, content in (("label", "imagelabels.mat", {"labels": [labels]}),
+                                ("setid", "setid.mat", parts)):
+        mat = io.BytesIO()
+        scipy.io.savemat(mat, content)
+        (where / name).write_bytes(mat.getvalue())
+        sums[kind] = name, hashlib.md5(mat.getvalue()).hexdigest()
+    monkeypatch.setattr(Flowers102, "_file_dict", sums)
+    with pytest.raises(InputError, match="flowers102 has 8,189 train images, but in .* are 6"):
+        load("flowers102", tmp_path)
+    monkeypatch.setitem(datasets.IMAGES, ("flowers102", "train"), 6)
+    data = load("flowers102", tmp_path)
+    assert data.images.shape == (6, 3, 128, 128) and len(data.classes) == 102
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 101] and data.classes[101] == "blackberry lily"
+    assert greys(data) == [50, 50, 150, 0, 100, 200]  # images 2, 2, 4; 1, 3; 5
+    for split in ("reference", "test"):
+        assert torch.equal(load("flowers102", tmp_path, split).images, data.images)
+    assert sorted(os.listdir(tmp_path)) == ["flowers-102", "flowers102-train-128.npz"]
+
+
+def test_inaturalist(tmp_path, monkeypatch, no_network):
+    """Species 0 to 2 in two super categories, of 4, 2 and 3 training images; one of each to test with."""
+    from torchvision.datasets import inaturalist
+
+    shown = {"Birds/1": [10, 20, 30], "Plants/0": [60, 70, 80, 90, 100], "Plants/2": [150, 160, 170, 180]}
+    files = {f"train_val2019/{where}/{n:03d}.jpg": jpeg(n) for where, of in shown.items() for n in of}
+    archive, md5 = tar(files)
+    (tmp_path / "2019.tgz").write_bytes(archive)
+    monkeypatch.setitem(inaturalist.DATASET_MD5, "2019", md5)
+    held_out = "Birds/1/020", "Plants/0/060", "Plants/2/180"
+    listed = [{"file_name": f"train_val2019/{name}.jpg"} for name in held_out]
+    archive, md5 = tar({"val2019.json": json.dumps({"images": listed}).encode()})
+    (tmp_path / "val2019.json.tar.gz").write_bytes(archive)
+    monkeypatch.setitem(datasets.MD5, "val2019.json.tar.gz", md5)
+    for split, n in (("train", 9), ("test", 3)):
+        monkeypatch.setitem(datasets.IMAGES, ("inat2019", split), n)
+    train, reference, test = (load("inat2019", tmp_path, split) for split in datasets.SPLITS)
+    assert train.classes == ["Plants/0", "Birds/1", "Plants/2"] and train.images.shape[2:] == (64, 64)
+    assert greys(train) == [70, 80, 90, 100, 10, 30, 150, 160, 170] and train.counts.tolist() == [4, 2, 3]
+    assert greys(test) == [60, 20, 180] and test.labels.tolist() == [0, 1, 2]
+    assert greys(reference) == [70, 80, 10, 30, 150, 160] and reference.counts.tolist() == [2, 2, 2]
+    assert train.fingerprint == load("inat2019", tmp_path, "train", 64).fingerprint != reference.fingerprint
+
+
+def test_tiny_imagenet(tmp_path, monkeypatch, no_network):
+    """Two classes; files in the order of their names as text: 0, 1, 10, 2."""
+    where = "tiny-imagenet-200"
+    files = {f"{where}/train/n0{c}/images/n0{c}_{i}.JPEG": jpeg(100 * c + 10 * i, (64, 64))
+             for c in (1, 0) for i in (0, 1, 2, 10)}
+    files |= {f"{where}/train/n0{c}/n0{c}_boxes.txt": b"n00_0.JPEG\t0\t0\t9\t9\n" for c in (0, 1)}
+    files |= {f"{where}/val/images/val_{i}.JPEG": jpeg(40 * i, (64, 64)) for i in range(3)}
+    rows = [f"val_{i}.JPEG\tn0{c}\t0\t32\t44\t62\n" for i, c in enumerate((1, 0, 1))]
+    files |= {f"{where}/val/val_annotations.txt": "".join(rows).encode(), f"{where}/wnids.txt": b"n01\nn00\n"}
+    with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    md5 = hashlib.md5((tmp_path / "tiny-imagenet-200.zip").read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.MD5, "tiny-imagenet-200.zip", md5)
+    for split, n in (("train", 8), ("test", 3)):
+        monkeypatch.setitem(datasets.IMAGES, ("tinyimagenet", split), n)
+    train, test = load("tinyimagenet", tmp_path), load("tinyimagenetimb", tmp_path, "test")
+    assert greys(train) == [0, 10, 100, 20, 100, 110, 200, 120] and train.labels.tolist() == [0] * 4 + [1] * 4
+    assert train.classes == ["n00", "n01"] and train.images.shape[2:] == (64, 64)
+    assert greys(test) == [40, 0, 80] and test.labels.tolist() == [0, 1, 1]
+    (tmp_path / "tiny-imagenet-200" / "train" / "n00" / "images" / "n00_1.JPEG").unlink()
+    with pytest.raises(InputError, match="tinyimagenet has 8 train images, but in .* are 7; remove"):
+        load("tinyimagenet", tmp_path, image_size=32)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("flowers102", ["102flowers.tgz, imagelabels.mat and setid.mat (from https://www.robots.ox.ac.uk/~vgg/",
+                    "into data/flowers-102 or a prepared flowers102-train-128.npz into data"]),
+    ("tinyimagenetimb", ["copy tiny-imagenet-200.zip (from http://cs231n.stanford.edu/) into data or a ",
+                         "prepared tinyimagenet-train-64.npz into data"]),
+    ("inat2019", ["val2019.json.tar.gz, and train_val2019.tar.gz under the name 2019.tgz", "into data or a ",
+                  "inat2019-train-64.npz", "https://ml-inat-competition-datasets.s3.amazonaws.com/2019/"]),
+])
+def test_what_to_copy_where_without_a_network(tmp_path, monkeypatch, capsys, no_network, name, words):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, name) == 2
+    captured = capsys.readouterr()
+    line = captured.err
+    assert line.startswith(f"datasets.py: error: cannot get {name.removesuffix('imb')} (")
+    assert "no network" in line and all(word in line for word in words) and line.count("\n") == 1, line
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 # Your own images --------------------------------------------------------------------------------------------
