@@ -22,7 +22,8 @@ Splits
     train       what a method learns from
     reference   the balanced images that scores compare with: the full training set for CIFAR, cifar*lt (as in
                 CBDM, CVPR 2023) and tinyimagenet, the test set for *imb (as in Softlabel-GAN), a new drawing
-                of shapes; for inat2019 16 training images a class, 16,160 (as in CBGAN, UAI 2021)
+                of shapes; for inat2019 as many training images of each class as the rarest has (CBGAN, UAI
+                2021, has 16,160, so 16 of each)
     test        held-out images, balanced; Tiny ImageNet's and iNaturalist's are their validation sets
     All three splits of flowers102 are all its images, as in Softlabel-GAN: nothing is held out.
     A folder's reference is PATH/reference, else PATH/test. Where it has neither, a part of each class is both
