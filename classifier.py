@@ -815,11 +815,13 @@ def images_that_count(y, threshold=0.01):
 
 
 def describe_labels(y, labels):
-    """What soft labels y (N, K) of images of the classes labels (N,) are like: a dict of four means.
+    """What soft labels y (N, K) of images of the classes labels (N,) are like: a dict.
 
-    max_probability     of the largest probability
-    entropy             natural logarithm
-    off_class_mass      of the probability that is not on the image's own class
+    training_accuracy   share of the labels whose largest probability is the image's own class
+    images_that_count   [least, most] over the classes (Table 1)
+    max_probability     mean of the largest probability
+    entropy             mean, natural logarithm
+    off_class_mass      mean of the probability that is not on the image's own class
     off_class_distance  total variation distance of that part from the uniform distribution, 0 to 1, weighted
                         by the part. 0: plain smoothing, which says nothing of the image. None: no such part
     """
@@ -829,25 +831,28 @@ def describe_labels(y, labels):
     even = (mass / (y.shape[1] - 1)).masked_fill(own, 0)
     distance = ((off - even).abs().sum() / 2 / mass.sum()).item() if mass.sum() > 0 else None
     entropy = -torch.special.xlogy(y, y).sum(1).mean().item()
-    return {"max_probability": y.amax(1).mean().item(), "entropy": entropy,
+    counted = images_that_count(y)
+    return {"training_accuracy": (y.argmax(1) == labels).double().mean().item(),
+            "images_that_count": [counted.min().item(), counted.max().item()],
+            "max_probability": y.amax(1).mean().item(), "entropy": entropy,
             "off_class_mass": mass.mean().item(), "off_class_distance": distance}
 
 
 def report_labels(p, train, dataset, source):
     """Prints what the labels p (N, K) of `train` are like beside Softlabel-GAN's, and warns."""
     facts, K = describe_labels(p, train.labels), len(train.classes)
-    counted, right = images_that_count(p), (p.argmax(1) == train.labels).double().mean().item()
+    right, mass, distance = (facts[k] for k in ("training_accuracy", "off_class_mass", "off_class_distance"))
     least, most = COUNTED_BY_PAPER.get(dataset, (None, None))
+    apart = f", {distance:.3f} from plain smoothing" if distance is not None else ""
     print(f"{source} {right:.1%} of the labelled images; mean of the largest probability "
-          f"{facts['max_probability']:.3f}, entropy {facts['entropy']:.3f}", flush=True)
-    print(f"images that count for a class: {counted.min()} to {counted.max()}"
+          f"{facts['max_probability']:.3f}, entropy {facts['entropy']:.3f}, off the class {mass:.3f}{apart}")
+    print("images that count for a class: {} to {}".format(*facts["images_that_count"])
           + (f" (the paper's: {least:,} to {most:,})" if least else "")
           + f"; its own images: {train.counts.min()} to {train.counts.max()}", flush=True)
 
     if right < RIGHT_ENOUGH:
         warn(f"the classifier recognises only {right:.1%} of the images that it labels, Softlabel-GAN's up "
              "to 99.9 %: another regime; see --init-from and --hold-out in classifier.py")
-    mass, distance = facts["off_class_mass"], facts["off_class_distance"]
     if mass < COLLAPSED["mass"]:
         warn(f"the labels are all but one-hot ({mass:.2%} off the class): classes lend each other nothing; "
              "try a larger --entropy-weight or fewer --epochs")

@@ -5,10 +5,9 @@ pictures for a rare class. Softlabel-GAN is a BigGAN with another kind of label:
 image's class, the discriminator D gets the class probabilities of a classifier C, trained
 beforehand on the same images: .7 dog, .2 cat, .1 horse. D's score is linear in the label, so this
 dog counts a little as a cat, and the cats borrow the variety of the dogs. Fakes keep one-hot
-labels, drawn uniformly. C has P's SpinalNet head, and is rewarded for doubt with weight 0.3; but
-one that has memorised its images only smooths their labels all the same, so ours also stops early
-(classifier.py, `entropy_rewarded_loss`). `samples/borrowed.png` shows which images of other classes
-a class borrows.
+labels, drawn uniformly. C is rewarded for doubt (weight 0.3), but one that has memorised its images
+only smooths labels all the same, so ours also stops early (classifier.py, `entropy_rewarded_loss`).
+`samples/borrowed.png` shows which images of other classes a class borrows.
 
 P is the paper, S its supplement, A the authors' code (github.com/raven38/softlabel-gan), whose
 training loop does not run as released; CHOICE marks what none of them says.
@@ -16,29 +15,20 @@ training loop does not run as released; CHOICE marks what none of them says.
     python softlabel_gan.py --dataset shapeslt                     # first look: a CPU, minutes
     python softlabel_gan.py --dataset cifar10imb                   # the paper's run (Table 2)
     python softlabel_gan.py --dataset cifar10imb --labels onehot   # its baseline, DiffAug-GAN
-    python softlabel_gan.py --dataset cifar10imb --labels smooth   # Smooth-GAN (Table 2)
-    python softlabel_gan.py --dataset cifar10imb --labels mixup    # Table 4; also ols, cotrain (S)
-    python softlabel_gan.py --dataset cifar10imb --labels onehot --oversample 1    # Table 4
-    python softlabel_gan.py --dataset cifar10imb --diffaug ""      # Table 3: without DiffAugment
-    python softlabel_gan.py --dataset cifar10imb-120               # Fig. 5; cifar10imb-90
-    python softlabel_gan.py --dataset folder:PATH --image-size 64  # your own images, settings that fit
-    python softlabel_gan.py --dataset folder:PATH --image-size 128 --recipe paper    # P's; 64, 256 too
-    python softlabel_gan.py --dataset folder:PATH --image-size 64 --eval-only --export DIR --classes A,B
+    python softlabel_gan.py --dataset cifar10imb --labels smooth   # Smooth-GAN; mixup, ols, cotrain
+    python softlabel_gan.py --dataset cifar10imb --conditioning adc   # ADC-GAN, P's Table 6
+    python softlabel_gan.py --dataset folder:PATH --image-size 64  # your own images
+README.md has the other rows of the tables, --recipe paper for large images, and --export.
 
 `--classifier runs/.../classifier.pt` takes a checkpoint of `classifier.py --soft-labels`. Without
-it one is trained first, the same for each --seed. Its labels are computed once and kept in the run
-directory, in soft_labels.npz. Each command resumes the run that it finds in its run directory: bit
-for bit on the CPU with the same number of threads. Scores of the final samples are in metrics.json
-and per_class.csv; the tables' other columns are --scores all (LPIPS, precision, recall, density,
-coverage; intra-FID is always there).
+it one is trained first, the same for each --seed; its labels are kept in the run directory, in
+soft_labels.npz. Each command resumes the run that it finds there: bit for bit on the CPU with the
+same number of threads. The tables' other columns are --scores all (intra-FID is always there).
 Cost, on two cores of an AMD EPYC: shapeslt 5.5 minutes with everything; cifar10imb 1.9 s for a step
-of D and one of G with 32 images. The full step is four steps of D with 128 images each and one of
-G; a full run was never made.
-Targets, on cifar10imb with one-hot, smoothed, soft labels (P, Table 2): FID 57.24, 66.75, 54.59;
-intra-FID 112.96, 125.31, 109.79; of 10,000 samples (P) against the balanced test images (A). Mixup
-has FID 56.36, Oversample 59.03 (P, Table 4). Table 3 has 36.72 for the same Softlabel-GAN and does
-not say why; without DiffAugment 79.16, 83.68, 72.81. 149 to 2,232 images count for a class (Table
-1).
+of D and one of G with 32 images. The full step is four of D with 128 images each and one of G; a
+full run was never made. Targets: README.md, of 10,000 samples (P) against the balanced test images
+(A). For the same Softlabel-GAN P has FID 54.59 in Table 2 and 36.72 in Table 3 without a word on it;
+without DiffAugment 72.81, one-hot 79.16, smoothed 83.68. 149 to 2,232 images count for a class.
 
 From A, because P does not say: BigGAN-PyTorch's layers and initial weights, Adam's betas and eps,
 four steps of D for one of G at 32 pixels, flips, EMA. Where we differ:
@@ -47,22 +37,23 @@ four steps of D for one of G at 32 pixels, flips, EMA. Where we differ:
   * The table of --labels ols is divided by rows; A divides by columns.
   * Oversampling draws class c with probability (1 - alpha) n_c / N + alpha / K. A's weights are
     right at alpha = 1; at 0, where S has the data's distribution, they are inverse to it.
-  * Batches are P's, 128 at 32 pixels (A's scripts: 50), and DiffAugment has all three parts (A's
-    scripts: without colour).
+  * Batches are P's, 128 at 32 pixels (A's scripts: 50); DiffAugment has colour too (A's: not).
   * Under the SpinalNet head, CIFAR and the shapes have a ResNet-32 from scratch, P's backbone for
-    CIFAR being unknown. That of larger images is a Wide-ResNet-101-2 with ImageNet's weights, as in
-    A; P does not mention them. A tenth of the images decides when it stops; A trains it on all of
-    them.
+    CIFAR being unknown. Larger images have a Wide-ResNet-101-2 with ImageNet's weights, as in A; P
+    does not mention them. A tenth of the images decides when it stops; A trains it on all of them.
   * Samples are made with the batch statistics of training; A's 32-pixel scripts use those of each
-    batch of samples.
-  * The last weights are scored. A scores those that had the best FID on the way, against the very
-    images of the final score.
+    batch of samples, which holds a single class where classes are scored apart.
+  * The last weights are scored; A's had the best FID on the way, against the images of that score.
   * The vectors of spectral norm are copied into the averaged generator, not averaged.
-  * bfloat16 where the hardware has it (`--amp off`: float32), fused Adam, real and fake images in
-    one pass of D.
-Not here: ADC-GAN, vision-aided GAN and the guided diffusion of P's Table 7, which are other methods
-with the same labels; colour histograms and t-SNE; ImageNet-LT and Tiny ImageNet (folder:PATH takes
-them, cut by hand).
+  * bfloat16 where the hardware has it (not with --amp off); real and fake in one pass; fused Adam.
+--conditioning adc is ADC-GAN (Hou et al. 2022, arXiv:2107.10060; A has no code for it): D's score
+has no label, and a second head tells 2 K classes apart, "a real dog" and "a generated dog". CHOICE:
+y_hat is that head's target for real images, the one place left for it; the head weighs 1 (Hou et
+al. for CIFAR; 0.5 for Tiny ImageNet). FID of AnimeFace, one-hot 35.09, smoothed 23.18, soft 21.05.
+Not here: vision-aided GAN, whose weights are those of several other pretrained networks (P does not
+say which): each would stand frozen beside D, with a small head that is scored on the same labels,
+its hinge added to L_D and L_G. Nor P's Table 7, a guided diffusion with these labels; colour
+histograms and t-SNE; ImageNet-LT and Tiny ImageNet (folder:PATH takes them, cut by hand).
 """
 
 import copy
@@ -77,12 +68,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import datasets
-from classifier import (
-    build_soft_classifier,
-    entropy_rewarded_loss,
-    images_that_count,
-    labels_by_classifier,
-)
+from classifier import build_soft_classifier, entropy_rewarded_loss, images_that_count, labels_by_classifier
 from datasets import at_least, due, fail, my_share, number, positive, share, to_device
 
 # --------------------------------------------------------------------------------------------------
@@ -101,29 +87,26 @@ LABELS = ("soft", "onehot", "smooth", "ols", "mixup", "cotrain")
 AT_32 = dict(
     image_size=32, width=64, discriminator_width=64,  # A
     labels="soft", smoothing=0.1, diffaug="color,translation,cutout",  # P
-    flip=True,  # A
     batch_size=128, lr=2e-4, lr_d=2e-4,  # P
-    d_steps=4,  # A
+    d_steps=4, flip=True,  # A
     # CHOICE, as P gives no length: as many images as A sees. Here 5,000 epochs of 3,208 images (its
     # script for small data sets), at 64 pixels and above 1,000 of AnimeFace's 14,490.
     steps=31_000,
     ema=0.9999, ema_start=1_000,  # A
-    eval_images=10_000,  # P
-    sample_every=1_000, save_every=500,
+    eval_images=10_000, sample_every=1_000, save_every=500,  # eval_images: P
 )
 AT_128 = AT_32 | dict(
     image_size=128, width=80, discriminator_width=80,  # A
     batch_size=32, lr=1e-4, lr_d=4e-4,  # P
-    d_steps=1, ema_start=40_000,  # A; ema_start: as many images as A's 20,000 batches of 64
-    steps=453_000, save_every=2_000,
+    d_steps=1, steps=453_000, save_every=2_000,  # d_steps: A
+    ema_start=40_000,  # as many images as A's 20,000 batches of 64
 )
 RECIPES = {
     # Ours, for two CPU cores and a few minutes: the network for 32 pixels, narrower, a level less.
     # No cutout: a square of half the picture hides the shape.
     16: AT_32 | dict(
-        image_size=16, width=8, discriminator_width=16, diffaug="color,translation",
-        batch_size=32, lr=1e-3, lr_d=1e-3, d_steps=1, steps=3_500, ema=0.995, ema_start=100,
-        sample_every=500),
+        image_size=16, width=8, discriminator_width=16, diffaug="color,translation", batch_size=32,
+        lr=1e-3, lr_d=1e-3, d_steps=1, steps=3_500, ema=0.995, ema_start=100, sample_every=500),
     32: AT_32,
     64: AT_128 | dict(image_size=64, batch_size=512, steps=28_300, ema_start=2_500),  # batch: P
     128: AT_128,
@@ -167,13 +150,11 @@ def parse_settings(argv=None):
     parser = datasets.settings_parser(f"Softlabel-GAN; defaults: those at {size} pixels")
     add = parser.add_argument_group("method").add_argument
     add("--recipe", choices=("paper", "folder"), help="whose defaults to take; paper: those at a resolution")
-    add("--labels", choices=LABELS, help="D's labels of real images: soft, a classifier's; onehot; smooth; "
-        "ols, soft averaged by class; mixup; cotrain, of a classifier that learns along")
-    add("--classifier", metavar="PATH", type=datasets.existing_file,
-        help="whose labels soft and ols take; default: one that is trained first")
+    add("--labels", choices=LABELS, help="D's labels of real images; see the settings in the script")
+    add("--conditioning", choices=("projection", "adc"), default="projection", help="adc: ADC-GAN, Table 6")
+    add("--classifier", metavar="PATH", type=datasets.existing_file, help="default: one is trained first")
     add("--smoothing", type=share, metavar="ALPHA", help="alpha of --labels smooth")
-    add("--oversample", type=share, default=0.0, metavar="ALPHA",
-        help="real images by class: from 0, as in the data, to 1, each class equally often")
+    add("--oversample", type=share, default=0.0, metavar="ALPHA", help="0: classes as in the data; 1: even")
     some = f'some of {",".join(datasets.DIFFAUGMENT)}, or ""'
     policy = number(str, lambda text: not text or set(text.split(",")) <= set(datasets.DIFFAUGMENT), some)
     add("--diffaug", type=policy, metavar="POLICY", help=f"parts of DiffAugment: {some}")
@@ -183,8 +164,7 @@ def parse_settings(argv=None):
     add("--d-steps", type=at_least(1), help="steps of D before each step of G")
     add("--lr-d", type=positive, help="learning rate of D")
     add("--ema-start", type=at_least(0), help="step after which averaging starts")
-    add("--sample-seed", type=at_least(0), default=0,
-        help="another one scores other samples, in a directory of their own")
+    add("--sample-seed", type=at_least(0), default=0, help="another one scores other samples, elsewhere")
     add("--soft-label", type=mixture, metavar="A:P,B:Q", help="to --export pictures of this mixture")
     args = datasets.read_settings(parser, argv, "softlabel_gan", defaults, FREE)
 
@@ -210,10 +190,7 @@ def parse_settings(argv=None):
 # D sees every image after DiffAugment. Every label is a distribution over the classes.
 def discriminator_loss(D_real, D_fake):
     """Eqs 1 and 3: E[f_D(-D(x_r, y_hat))] + E[f_D(D(x_f, y_f))], f_D(t) = max(0, 1 + t). Scalar.
-
-    Eq. 1 has the one-hot y_r for y_hat. As printed, Eq. 3 omits the second f_D: D could lower its
-    loss without limit by scoring fakes lower. A has this hinge on both.
-    """
+    Eq. 1 has the one-hot y_r for y_hat. Without its second f_D, Eq. 3 as printed has no lower bound."""
     # TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean(), the loss of the first GANs. It
     # has no margin: D pushes its scores apart without limit, see D_real and D_fake in the log.
     return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()
@@ -224,15 +201,27 @@ def generator_loss(D_fake):
     return -D_fake.mean()
 
 
+# ADC-GAN adds these to Eqs 3 and 2. real, fake (B, 2 K): logits of D's class head for x_r and x_f;
+# q: their softmax, first for the real images of each class, q_c+, then for its fakes, q_c-.
+ADC_WEIGHT = 1.0  # Hou et al., their code for CIFAR
+
+
+def adc_discriminator_loss(real, fake, y_hat, y_f):
+    """-E[sum_c y_hat_c log q_c+(x_r)] - E[sum_c y_f_c log q_c-(x_f)]. Scalar."""
+    none = torch.zeros_like(y_hat)
+    on_real = F.cross_entropy(real, torch.cat([y_hat, none], 1))
+    return on_real + F.cross_entropy(fake, torch.cat([none, y_f], 1))
+
+
+def adc_generator_loss(fake, y_f):
+    """-E[sum_c y_f_c (log q_c+(x_f) - log q_c-(x_f))], where the softmax's sum cancels. Scalar."""
+    as_real, as_fake = fake.chunk(2, 1)
+    return -(y_f * (as_real - as_fake)).sum(1).mean()
+
+
 def smooth_labels(y, alpha):
-    """Smooth-GAN, §4.2: (1 - alpha) y + alpha / K. (N, K) in and out.
-
-    The image's own class gets 1 - alpha + alpha / K. A gives it 1 - alpha: that does not sum to 1.
-    """
+    """Smooth-GAN, §4.2: (1 - alpha) y + alpha / K. (N, K) in and out."""
     return (1 - alpha) * y + alpha / y.shape[1]
-
-
-MIXUP_ALPHA = 0.2  # lambda ~ Beta(0.2, 0.2): A
 
 
 def mixup(x, y, lam, other):
@@ -244,11 +233,9 @@ def online_label_smoothing(p, classes):
     """OLS as in A: (K, K), whose row i is the label of each real image of class i.
 
     Row i is the mean of p over the images of class i that C recognises; without any it is one-hot.
-    p (N, K); classes (N,), those of the training images.
-    A has this one table, from the finished classifier; Zhang et al. 2021, who invented OLS, renew
-    theirs each epoch. But A divides entry (i, j) by the number for class j, not for class i: its
-    rows sum to more than 1 for the head, and the rarer a class the larger its column.
-    """
+    p (N, K); classes (N,): the images'. Zhang et al. 2021, who invented OLS, renew the table each
+    epoch. A divides entry (i, j) by the number for class j, not for class i: its rows sum to more
+    than 1 for the head, and the rarer a class the larger its column."""
     K = p.shape[1]
     right = p.argmax(1) == classes
     y, p = F.one_hot(classes[right], K).to(p), p[right]
@@ -258,10 +245,7 @@ def online_label_smoothing(p, classes):
 
 def label_augmentation(how, classes, K, p=None, alpha=0.1):
     """§4.2, the function T_y: the labels that D gets with the training images, (N, K) float32.
-
-    classes (N,): those of the images. p (N, K): for soft and ols. What is returned for mixup and
-    cotrain is one-hot: the loop changes it.
-    """
+    classes (N,): the images'. p (N, K): for soft, ols. Mixup and cotrain: one-hot, till the loop."""
     y = F.one_hot(classes, K).double()
     if how == "soft":
         y = p  # y_hat = C(x). TRY: (y + p) / 2: classes lend each other half as much
@@ -279,17 +263,11 @@ def label_augmentation(how, classes, K, p=None, alpha=0.1):
 # generator from 4 x 4 pixels up, in multiples of --width; the discriminator's are the same from the
 # image down. Above 32 pixels there is more: z comes in parts, one for each block ("hierarchical"),
 # the blocks share an embedding of the class, and 64 x 64 pixels have attention.
-# Parameters at the paper's widths with K classes, generator and discriminator:
-#    32   4,273,667 + 3,072 K    4,204,801 +   256 K
-#    64  17,285,604 +   128 K   30,532,721 + 1,280 K
-#   128  49,200,804 +   128 K   60,034,482 + 1,280 K
-#   256  57,460,004 +   128 K   67,842,802 + 1,280 K
+# Parameters with K classes, generator and discriminator: at 32 pixels 4,273,667 + 3,072 K and
+# 4,204,801 + 256 K; at 128 pixels 49,200,804 + 128 K and 60,034,482 + 1,280 K.
 CHANNELS = {
-    16: (4, 4, 4),
-    32: (4, 4, 4, 4),
-    64: (16, 8, 4, 2, 1),
-    128: (16, 16, 8, 4, 2, 1),
-    256: (16, 16, 8, 8, 4, 2, 1),
+    16: (4, 4, 4), 32: (4, 4, 4, 4), 64: (16, 8, 4, 2, 1),
+    128: (16, 16, 8, 4, 2, 1), 256: (16, 16, 8, 8, 4, 2, 1),
 }
 FLAT_LATENT = 128  # d_z up to 32 pixels: P, §4.3
 CHUNK = 20  # part of z, above, for the first layer and for each block: P
@@ -341,8 +319,8 @@ class DiscriminatorBlock(nn.Module):
         self.first, self.down = first, down
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        changes = down or width_in != width_out
-        self.skip = nn.Conv2d(width_in, width_out, 1) if changes else nn.Identity()
+        same = width_in == width_out and not down
+        self.skip = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x):
         h = x if self.first else F.relu(x)  # an image is not activated
@@ -353,10 +331,8 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels (SAGAN: Zhang et al. 2019), (B, C, H, W) in and out.
-
-    The identity at first: gamma = 0.
-    """
+    """Self-attention over pixels (SAGAN: Zhang et al. 2019), (B, C, H, W) in and out; the identity
+    at first, as gamma = 0."""
 
     def __init__(self, channels):
         super().__init__()
@@ -367,30 +343,23 @@ class Attention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        def rows(t):  # (B, pixels, channels). No 1 / sqrt(channels) below, as in SAGAN
-            return t.flatten(2).transpose(1, 2)
-
-        q = rows(self.query(x))
-        k, v = (rows(F.max_pool2d(conv(x), 2)) for conv in (self.key, self.value))
+        q, k, v = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        q, k, v = (t.flatten(2).transpose(1, 2) for t in (q, k, v))  # (B, pixels, channels)
         # Zeros change no score; with multiples of 8 and a dimension for heads a GPU has a kernel that
-        # never writes the (pixels, pixels / 4) table.
+        # never writes the (pixels, pixels / 4) table. No 1 / sqrt(channels), as in SAGAN.
         q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
         return x + self.gamma * self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def initialise(network, image_size, plain=()):
-    """Weights N(0, 0.02^2) up to 32 pixels, orthogonal above (A); zero biases; spectral norm (A).
-
-    Miyato et al. 2018: W / sigma(W), with sigma from one step of the power method in each forward
-    pass in training mode. The layers in `plain` have none.
-    """
+    """Weights N(0, 0.02^2) up to 32 pixels, orthogonal above (A); zero biases; spectral norm (A),
+    but for the layers in `plain`: W / sigma(W) (Miyato et al. 2018), with sigma from one step of
+    the power method in each forward pass in training mode."""
+    draw = partial(nn.init.normal_, std=0.02) if image_size <= 32 else nn.init.orthogonal_
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
-            if image_size <= 32:
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.orthogonal_(module.weight)
+            draw(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
             if module not in plain:
@@ -403,26 +372,20 @@ class Generator(nn.Module):
     def __init__(self, image_size, width, num_classes):
         super().__init__()
         widths = [width * c for c in CHANNELS[image_size]]
-        self.hierarchical = image_size > 32
-        if self.hierarchical:
-            self.shared = nn.Linear(num_classes, EMBEDDING, bias=False)
-            z_size, code_size = CHUNK, EMBEDDING + CHUNK
-        else:
-            self.shared = nn.Identity()
-            z_size, code_size = FLAT_LATENT, num_classes
-        eps = 1e-4 if self.hierarchical else 1e-5  # of the batch norms: A
+        large = self.hierarchical = image_size > 32
+        self.shared = nn.Linear(num_classes, EMBEDDING, bias=False) if large else nn.Identity()
+        z_size, code_size = (CHUNK, EMBEDDING + CHUNK) if large else (FLAT_LATENT, num_classes)
+        eps = 1e-4 if large else 1e-5  # of the batch norms: A
         self.first = nn.Linear(z_size, 4 * 4 * widths[0])
-        blocks = [GeneratorBlock(a, b, code_size, eps) for a, b in pairwise(widths)]
-        self.blocks = nn.ModuleList(blocks)
-        # Block i gives 8 * 2^i pixels a side.
-        places = [i for i in range(len(blocks)) if 8 * 2**i == ATTENTION_AT]
+        self.blocks = nn.ModuleList(GeneratorBlock(*pair, code_size, eps) for pair in pairwise(widths))
+        places = [i for i in range(len(self.blocks)) if 8 * 2**i == ATTENTION_AT]  # 8 * 2^i pixels
         self.attention = nn.ModuleDict({str(i): Attention(widths[i + 1]) for i in places})
         self.norm = nn.BatchNorm2d(widths[-1])
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
         # Without spectral norm, as in A: what stands for an embedding of the classes.
         norms = [n for block in self.blocks for n in (block.norm1, block.norm2)]
         by_class = [layer for n in norms for layer in (n.gain, n.shift)]
-        initialise(self, image_size, plain=[self.shared] if self.hierarchical else by_class)
+        initialise(self, image_size, plain=[self.shared] if large else by_class)
 
     def forward(self, z, y):
         code = self.shared(y)
@@ -443,10 +406,11 @@ class Discriminator(nn.Module):
 
     §4.3: D(x, y) = phi(x) V y + psi(phi(x)). V has no bias, so the score is linear in y: where y
     sums to 1, D(x, y) is the mean of D(x, class) weighted by y. A one-hot y picks a column of V,
-    the embedding of the usual projection discriminator.
+    the embedding of the usual projection discriminator. With `adc` the score is psi(phi(x)), and
+    (B, 2 K) logits come with it, else None.
     """
 
-    def __init__(self, image_size, width, num_classes):
+    def __init__(self, image_size, width, num_classes, adc=False):
         super().__init__()
         widths = [3] + [width * c for c in reversed(CHANNELS[image_size])]
         # Down to 8 x 8 pixels up to 32, to 4 x 4 above; the other blocks keep the size.
@@ -456,7 +420,8 @@ class Discriminator(nn.Module):
             layers += [DiscriminatorBlock(a, b, first=i == 0, down=i < downs)]
             layers += [Attention(b)] if image_size // 2 ** (i + 1) == ATTENTION_AT else []
         self.phi = nn.Sequential(*layers, nn.ReLU())
-        self.V = nn.Linear(num_classes, widths[-1], bias=False)
+        self.V = None if adc else nn.Linear(num_classes, widths[-1], bias=False)
+        self.class_head = nn.Linear(widths[-1], 2 * num_classes) if adc else None
         self.psi = nn.Linear(widths[-1], 1)
         initialise(self, image_size)
 
@@ -464,7 +429,10 @@ class Discriminator(nn.Module):
         phi = self.phi(x).float().sum((2, 3))  # (B, l): the sum over the pixels, not the mean
         # bfloat16 has 8 bits: too few to compare scores with 1.
         with torch.autocast(x.device.type, enabled=False):
-            return (phi * self.V(y)).sum(1) + self.psi(phi)[:, 0]
+            score = self.psi(phi)[:, 0]
+            if self.class_head:
+                return score, self.class_head(phi)
+            return (phi * self.V(y)).sum(1) + score, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,9 +444,7 @@ GRID, FINAL, EXPORT = range(3)  # the pictures on the way, what is scored, --exp
 
 def noise_and_labels(n, d_z, K, device):
     """§4.2: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: what G makes fakes from.
-
-    Drawn on the CPU: the same on each device. Of n, this process's share.
-    """
+    Drawn on the CPU: the same on each device. Of n, this process's share."""
     z, classes = my_share(torch.randn(n, d_z)), my_share(torch.randint(K, (n,)))
     return to_device(z, device), F.one_hot(to_device(classes, device), K).float()
 
@@ -491,15 +457,10 @@ def latents(n, d_z, kind, seed):
 
 @torch.no_grad()
 def generate(generator, z, classes, K, args, amp):
-    """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,) or labels (n, K).
-
-    generator: the averaged one, in eval mode: batch norm has the averages of training. A's scripts
-    for 32 pixels sample with statistics of the batch, which then holds a single class where classes
-    are scored apart.
-    """
+    """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,) or labels (n, K), by the
+    averaged generator in eval mode: batch norm has the averages of training."""
     device = next(generator.parameters()).device
-    mine = datasets.my_part(len(z))
-    z, classes = z[mine], classes[mine]
+    z, classes = (t[datasets.my_part(len(t))] for t in (z, classes))
     at_once = datasets.images_at_once(AT_ONCE, args.image_size)
     images = []
     for z_part, part in zip(z.split(at_once), classes.split(at_once), strict=True):
@@ -527,8 +488,7 @@ def export(ema, classes, args, amp):
         args.classes = [" ".join(f"{name} {p:g}" for name, p in args.soft_label.items())]
 
     def draw(k, start, n):
-        seed = datasets.seed_from(args.sample_seed, k, start)
-        z = latents(n, latent_size(args.image_size), EXPORT, seed)
+        z = latents(n, latent_size(args.image_size), EXPORT, datasets.seed_from(args.sample_seed, k, start))
         return generate(ema, z, y_f[k].expand(n, K), K, args, amp)
 
     datasets.export_by_label(args, ema, classes + (args.classes if args.soft_label else []), draw)
@@ -539,22 +499,18 @@ def export(ema, classes, args, amp):
 # --------------------------------------------------------------------------------------------------
 # In the log, of D's last step for each step of G. L_C: cotrain's classifier.
 LOGGED = ("L_D", "L_G", "L_C", "D_real", "D_fake")
-COUNTS_ABOVE = 0.01  # the probability from which an image counts for a class: P, §4.2
 
 
 def draw_borrowed(path, train, y_hat, rows):
-    """Fig. 2: a row for each of these classes, the images of other classes that count most for it.
-
-    y_hat (N, K). White where less than a row of them counts at all. Equals come in random order.
-    """
+    """Fig. 2: a row for each of these classes, the images of other classes that count most for it, by
+    y_hat (N, K). White where less than a row of them counts at all. Equals come in random order."""
     shuffled = torch.randperm(len(y_hat), generator=torch.Generator().manual_seed(0))
     index, classes = [], []
     for k in rows:
         lent = y_hat[shuffled, k].masked_fill(train.labels[shuffled] == k, 0)
         most = lent.argsort(descending=True, stable=True)[: datasets.GRID_COLUMNS]
-        most = most[lent[most] > COUNTS_ABOVE]
-        index.append(shuffled[most])
-        classes.append(k.expand(len(most)))
+        index.append(shuffled[most[lent[most] > 0.01]])  # as in `images_that_count`
+        classes.append(k.expand(len(index[-1])))
     grid = datasets.rows_of(train.images[torch.cat(index)], torch.cat(classes), rows)
     datasets.write_grid(path, grid)
 
@@ -564,16 +520,16 @@ def main(argv=None):
     device = datasets.pick_device(args.device)
     amp = datasets.use_bf16(args.amp, device)
     run_dir = Path(args.run_dir)
-    train = datasets.load(args.dataset, args.data_dir, "train", args.image_size, args.rho,
-                          imbalance=args.imbalance)
+    load = partial(datasets.load, args.dataset, args.data_dir, image_size=args.image_size, rho=args.rho,
+                   imbalance=args.imbalance)
+    train = load(split="train")
     args.training_data = train.fingerprint
     state = datasets.find_run(args, FREE)
     K, B = len(train.classes), args.batch_size
     if K < 2:
         fail(f"{args.dataset} has one class; a conditional GAN needs two")
     if args.eval_images:  # if it is missing, fail now and not after the training
-        datasets.load(args.dataset, args.data_dir, args.reference, args.image_size, args.rho,
-                      imbalance=args.imbalance)
+        load(split=args.reference)
 
     # The labels that D gets with the training images, (N, K). For soft, T_y(x) = C(x): C sees each image
     # once, neither mirrored nor augmented. It is trained here if need be.
@@ -585,9 +541,7 @@ def main(argv=None):
     labels_hash = hashlib.sha256(y_train.numpy().tobytes()).hexdigest()
     if state and state.get("labels_hash") != labels_hash:
         fail(f"{run_dir} holds a run with other labels; choose another --run-dir")
-    counted = None  # with mixup and cotrain, which make their labels in the loop
-    if args.labels not in ("mixup", "cotrain"):
-        counted = images_that_count(y_train, COUNTS_ABOVE).tolist()
+    counted = None if args.labels in ("mixup", "cotrain") else images_that_count(y_train).tolist()
     grid_classes = datasets.grid_classes(train.counts)
     if p is not None:
         draw_borrowed(run_dir / "samples" / "borrowed.png", train, y_train, grid_classes)
@@ -596,7 +550,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     layout = datasets.layout(device)
     G = datasets.share_batch_norms(Generator(args.image_size, args.width, K)).to(device, **layout)
-    D = Discriminator(args.image_size, args.discriminator_width, K).to(device, **layout)
+    adc = args.conditioning == "adc"
+    D = Discriminator(args.image_size, args.discriminator_width, K, adc).to(device, **layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     average = datasets.Average(ema, G)
     eps = 1e-8 if args.image_size <= 32 else 1e-6
@@ -607,39 +562,36 @@ def main(argv=None):
     # Each image comes with its row of y_train: the whole method, as far as the loop is concerned.
     batches = datasets.Batches(train, B * args.d_steps, real_by, args.flip, device, args.seed, y_train)
     log = datasets.Log(args, LOGGED, device)
-    parts = {"G": G, "D": D, "ema": ema, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D,
-             "batches": batches, "log": log}
+    parts = dict(G=G, D=D, ema=ema, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
+    parts |= dict(batches=batches, log=log)
     if args.labels == "cotrain":
         C, optimizer_C = build_soft_classifier(args.dataset, K, args.image_size, device)
         datasets.share_batch_norms(C)
         parts |= {"C": C, "optimizer_C": optimizer_C}
 
     # Resume the run that the directory holds.
-    start = 0
+    start = state["step"] if state else 0
     if state:
         datasets.restore(state, parts, device)
-        start = state["step"]
     del state  # a second copy of everything
     parameters = [sum(w.numel() for w in network.parameters()) for network in (G, D)]
-    precision = ", bf16" if amp else ""
     resumed = f"; resumed at step {start}" if start else ""
-    print(f"BigGAN, labels {args.labels}, DiffAugment {args.diffaug or 'off'}, on {args.dataset}: "
-          f"{train.summary}; {parameters[0]:,} + {parameters[1]:,} parameters; "
-          f"{device}{precision}; {run_dir}{resumed}", flush=True)
+    print(f"{'ADC-GAN' if adc else 'BigGAN'}, labels {args.labels}, DiffAugment {args.diffaug or 'off'}, on "
+          f"{args.dataset}: {train.summary}; {parameters[0]:,} + {parameters[1]:,} parameters; {device}"
+          f"{', bf16' if amp else ''}; {run_dir}{resumed}", flush=True)
 
     net_G, net_D = (torch.compile(G), torch.compile(D)) if args.compile else (G, D)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     d_z = latent_size(args.image_size)
     done, L_C = start, torch.zeros((), device=device)
     if start < args.steps and not args.eval_only:
-        about = dict(bf16=amp, parameters=parameters, images_that_count=counted)
-        datasets.write_config(args, device, **about)
+        datasets.write_config(args, device, bf16=amp, parameters=parameters, images_that_count=counted)
         with datasets.stop_signals() as stop, log.open(start, args.steps):
             for step in range(start, args.steps):
                 # Real images for all steps of D, and their labels.
                 x_all, y_all = next(batches)
-                if args.labels == "mixup":  # one lambda for all of them (A)
-                    lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()
+                if args.labels == "mixup":  # one lambda for all of them, from Beta(0.2, 0.2): A
+                    lam = torch.distributions.Beta(0.2, 0.2).sample().item()
                     other = to_device(torch.randperm(len(x_all)), device)
                     x_all, y_all = mixup(x_all, y_all, lam, other)
 
@@ -649,11 +601,10 @@ def main(argv=None):
                     # Co-training. CHOICE, as S has one sentence on it: C learns at each step of D,
                     # and the same pass, in training mode, gives the labels.
                     if args.labels == "cotrain":
-                        y_r = y_hat.argmax(1)  # y_train is one-hot
                         with autocast():
                             logits = C(x_r).float()
+                        L_C = entropy_rewarded_loss(logits, y_hat.argmax(1))  # still one-hot
                         y_hat = logits.detach().softmax(1)
-                        L_C = entropy_rewarded_loss(logits, y_r)
                         optimizer_C.zero_grad()
                         L_C.backward()
                         datasets.average_gradients(C)
@@ -665,9 +616,12 @@ def main(argv=None):
                         with torch.no_grad():
                             x_f = net_G(z, y_f)
                         x = datasets.diffaugment(torch.cat([x_r, x_f]), args.diffaug, batches=2)
-                        D_real, D_fake = net_D(x, torch.cat([y_hat, y_f])).chunk(2)
+                        scores, logits = net_D(x, torch.cat([y_hat, y_f]))
 
+                    D_real, D_fake = scores.chunk(2)
                     L_D = discriminator_loss(D_real, D_fake)  # Eq. 3
+                    if adc:
+                        L_D = L_D + ADC_WEIGHT * adc_discriminator_loss(*logits.chunk(2), y_hat, y_f)
                     optimizer_D.zero_grad()
                     L_D.backward()
                     datasets.average_gradients(D)
@@ -678,7 +632,10 @@ def main(argv=None):
                 z, y_f = noise_and_labels(B, d_z, K, device)
                 with autocast():
                     x = datasets.diffaugment(net_G(z, y_f), args.diffaug)
-                    L_G = generator_loss(net_D(x, y_f))  # Eq. 2
+                    scores, logits = net_D(x, y_f)
+                L_G = generator_loss(scores)  # Eq. 2
+                if adc:
+                    L_G = L_G + ADC_WEIGHT * adc_generator_loss(logits, y_f)
                 D.requires_grad_(True)
                 optimizer_G.zero_grad()
                 L_G.backward()
@@ -705,7 +662,6 @@ def main(argv=None):
         export(ema, train.classes, args, amp)
     if args.eval_images:
         import metrics  # here: SciPy takes a second to import, and training need not wait for it
-
         where = run_dir / f"sample-seed-{args.sample_seed}" if args.sample_seed else run_dir
         classes = datasets.balanced_labels(args.eval_images, K)
         z = latents(len(classes), d_z, FINAL, args.sample_seed)

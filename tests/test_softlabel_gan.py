@@ -68,6 +68,38 @@ def test_the_discriminator_gains_nothing_beyond_the_margin_on_fakes():
     assert D_fake.grad.tolist() == [0, 0.5]
 
 
+# Logits of ADC-GAN's head, three images of two classes: real a, real b, generated a, generated b.
+LOGITS = [[1.0, -0.5, 0.25, 2.0], [0.0, 3.0, -1.0, 0.5], [-2.0, 0.75, 1.5, 0.0]]
+
+
+def test_losses_of_adc_gan_by_hand():
+    """Cross-entropies written out in NumPy: soft targets among the real classes, one-hot among the others."""
+    y_hat, y_f = np.array([[0.7, 0.3], [0.1, 0.9], [1.0, 0.0]]), np.array([[0, 1], [1, 0], [0, 1]])
+    real, fake = np.array(LOGITS), np.array(LOGITS[::-1])
+    q_real, q_fake = (np.exp(t) / np.exp(t).sum(1, keepdims=True) for t in (real, fake))
+    on_real = -np.mean([0.7 * np.log(q_real[0, 0]) + 0.3 * np.log(q_real[0, 1]),
+                        0.1 * np.log(q_real[1, 0]) + 0.9 * np.log(q_real[1, 1]), np.log(q_real[2, 0])])
+    on_fake = -np.mean(np.log([q_fake[0, 3], q_fake[1, 2], q_fake[2, 3]]))
+    given = [torch.tensor(t, dtype=torch.float64) for t in (real, fake, y_hat, y_f)]
+    assert softlabel_gan.adc_discriminator_loss(*given).item() == pytest.approx(on_real + on_fake)
+    as_real = -np.mean(np.log([q_fake[0, 1], q_fake[1, 0], q_fake[2, 1]]))
+    assert softlabel_gan.adc_generator_loss(given[1], given[3]).item() == pytest.approx(as_real - on_fake)
+
+
+def test_what_the_losses_of_adc_gan_move():
+    """G: only the two logits of the fake's own class. D: softmax - target, each half of the batch its own."""
+    real, fake = (torch.tensor(LOGITS, requires_grad=True) for _ in range(2))
+    y_f, y_hat = one_hot([1, 0, 1], 2), torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.0, 1.0]])
+    softlabel_gan.adc_generator_loss(fake, y_f).backward()
+    assert torch.allclose(3 * fake.grad, torch.tensor([[0.0, -1, 0, 1], [-1, 0, 1, 0], [0, -1, 0, 1]]))
+    fake.grad = None
+    softlabel_gan.adc_discriminator_loss(real, fake, y_hat, y_f).backward()
+    targets = torch.tensor([[[0.7, 0.3, 0, 0], [0.5, 0.5, 0, 0], [0, 1, 0, 0]],
+                            [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]])
+    for logits, target in zip((real, fake), targets, strict=True):
+        assert torch.allclose(3 * logits.grad, logits.detach().softmax(1) - target, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------- labels
 
 
@@ -155,7 +187,7 @@ def test_shapes_and_ranges(size):
     z, y = torch.randn(2, softlabel_gan.latent_size(size)), one_hot([0, 3], 5)
     x = G(z, y)
     assert x.shape == (2, 3, size, size) and x.abs().max() <= 1
-    assert D(x, y).shape == (2,)
+    assert D(x, y)[0].shape == (2,) and D(x, y)[1] is None
     assert z.shape[1] == {16: 128, 32: 128, 64: 100, 128: 120, 256: 140}[size]
 
 
@@ -258,17 +290,31 @@ def test_a_one_hot_label_picks_a_column_of_V(critic):
     D, x = critic
     phi, labels = D.phi(x).sum((2, 3)), torch.tensor([0, 5, 2, 2, 3])
     by_table = (phi * F.embedding(labels, D.V.weight.T)).sum(1) + D.psi(phi)[:, 0]
-    assert torch.allclose(D(x, one_hot(labels, 6)), by_table, atol=1e-5)
-    assert D.V.bias is None and torch.allclose(D(x, torch.zeros(5, 6)), D.psi(phi)[:, 0], atol=1e-6)
+    assert torch.allclose(D(x, one_hot(labels, 6))[0], by_table, atol=1e-5)
+    assert D.V.bias is None and torch.allclose(D(x, torch.zeros(5, 6))[0], D.psi(phi)[:, 0], atol=1e-6)
 
 
 def test_the_score_is_the_mean_of_the_classes_scores(critic):
     D, x = critic
     y = torch.randn(5, 6).softmax(1)
-    of_class = torch.stack([D(x, one_hot([k] * 5, 6)) for k in range(6)], 1)
+    of_class = torch.stack([D(x, one_hot([k] * 5, 6))[0] for k in range(6)], 1)
     assert of_class.std(1).min() > 1e-3  # or the next line would hold for anything
-    assert torch.allclose(D(x, y), (y * of_class).sum(1), atol=1e-5)
-    assert torch.allclose(D(x, torch.full((5, 6), 1 / 6)), of_class.mean(1), atol=1e-5)
+    assert torch.allclose(D(x, y)[0], (y * of_class).sum(1), atol=1e-5)
+    assert torch.allclose(D(x, torch.full((5, 6), 1 / 6))[0], of_class.mean(1), atol=1e-5)
+
+
+def test_the_discriminator_of_adc_gan():
+    """Its score has no label; its head has spectral norm, and a row and a bias for each of 2 K classes."""
+    D, x = Discriminator(16, 4, 6, adc=True), torch.rand(3, 3, 16, 16)
+    D.eval()
+    phi = D.phi(x).sum((2, 3))
+    for y in (one_hot([0, 1, 2], 6), torch.randn(3, 6)):
+        score, logits = D(x, y)
+        assert torch.allclose(score, D.psi(phi)[:, 0]) and torch.allclose(logits, D.class_head(phi))
+    assert logits.shape == (3, 12) and hasattr(D.class_head, "parametrizations")
+    assert count(D) - count(Discriminator(16, 4, 6)) == (16 + 1) * 12 - 16 * 6
+    score.sum().backward()
+    assert D.class_head.bias.grad is None and D.psi.bias.grad == 3
 
 
 # ----------------------------------------------------------------------------------------- the data
@@ -362,17 +408,19 @@ LOOPS = {  # what differs between the kinds of labels; the last two columns are 
     "ols": ("color,translation", 0.0, True),
     "mixup": ("color,translation,cutout", 0.0, True),
     "cotrain": ("cutout", 0.0, True),
+    "soft adc": ("color,translation", 0.0, True),
+    "smooth adc": ("translation", 0.0, True),
 }
 LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6", "--d-steps", "2",
               "--steps", "4", "--ema", "0.7", "--ema-start", "2", "--lr", "0.002", "--lr-d", "0.005",
               "--seed", "5", "--sample-every", "0", "--eval-images", "0", "--amp", "off", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("how", LOOPS)
-def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
+@pytest.mark.parametrize("kind", LOOPS)
+def test_the_loop_is_the_papers(kind, tmp_path, monkeypatch, float64):
     """Four steps of main() against the same steps written here, from the same random numbers: labels image
     by image, Eqs 2 and 3, plain autograd and Adam, the average from step 2 on. The networks are main's."""
-    policy, oversample, flip = LOOPS[how]
+    (policy, oversample, flip), (how, _, adc) = LOOPS[kind], kind.partition(" ")
     B, K, smoothing = 6, 10, 0.3
     train = datasets.load("shapeslt", "data", "train", 16, 26.5)
     p = (torch.randn(len(train.labels), K) + one_hot(train.labels, K)).softmax(1)  # right on some, not on all
@@ -381,10 +429,11 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
     flags = [*LOOP_FLAGS, "--labels", how, "--diffaug", policy, "--oversample", str(oversample)]
     flags += ["--flip" if flip else "--no-flip"]
     flags += ["--smoothing", str(smoothing)] if how == "smooth" else []
+    flags += ["--conditioning", "adc"] if adc else []
     softlabel_gan.main(["--dataset", "shapeslt", *flags, "--run-dir", str(tmp_path)])
 
     torch.manual_seed(5)
-    G, D = Generator(16, 2, K), Discriminator(16, 3, K)
+    G, D = Generator(16, 2, K), Discriminator(16, 3, K, bool(adc))
     averaged = {name: w.clone() for name, w in G.state_dict().items()}
     C, optimizer_C = linear_classifier("", K, 16, "cpu") if how == "cotrain" else (None, None)
     optimizer_G = torch.optim.Adam(G.parameters(), lr=0.002, betas=(0.0, 0.999), eps=1e-8)
@@ -430,14 +479,21 @@ def test_the_loop_is_the_papers(how, tmp_path, monkeypatch, float64):
             z, y_f = fake_inputs()
             x_f = G(z, y_f).detach()
             both = augment_one_by_one(torch.cat([x_r, x_f]), policy)
-            scores = D(both, torch.cat([y_r, y_f]))  # one pass: one step of spectral norm's power method
+            scores, logits = D(both, torch.cat([y_r, y_f]))  # one pass: one step of the power method
             hinges = [(1 - s).clamp(min=0) for s in scores[:B]] + [(1 + s).clamp(min=0) for s in scores[B:]]
             L_D = sum(hinges) / B
+            if adc:  # real images: classes 0 .. K - 1 of the head; fakes: K .. 2 K - 1
+                log_q = logits - logits.exp().sum(1, keepdim=True).log()
+                L_D = L_D - ((y_r * log_q[:B, :K]).sum() + (y_f * log_q[B:, K:]).sum()) / B
             optimizer_D.zero_grad()
             L_D.backward()
             optimizer_D.step()
         z, y_f = fake_inputs()
-        L_G = -D(augment_one_by_one(G(z, y_f), policy), y_f).mean()
+        s, logits = D(augment_one_by_one(G(z, y_f), policy), y_f)
+        L_G = -s.mean()
+        if adc:
+            log_q = logits - logits.exp().sum(1, keepdim=True).log()
+            L_G = L_G + (-(y_f * log_q[:, :K]).sum() + (y_f * log_q[:, K:]).sum()) / B
         optimizer_G.zero_grad()
         L_G.backward()
         optimizer_G.step()
@@ -543,6 +599,7 @@ def labelled(annotator, tmp_path_factory):
     "--labels onehot", "--labels soft", "--labels smooth --smoothing 0.2", "--labels ols", "--labels mixup",
     "--labels cotrain", "--labels onehot --oversample 1", "--labels soft --oversample 0.5",
     "--labels onehot --diffaug translation,cutout --d-steps 4", "--labels smooth --no-flip --amp off",
+    "--labels onehot --conditioning adc", "--labels mixup --conditioning adc --amp bf16",
 ])  # fmt: skip
 def test_each_kind_of_labels_trains(flags, labelled, tmp_path):
     flags = flags.split()
@@ -555,10 +612,12 @@ def test_each_kind_of_labels_trains(flags, labelled, tmp_path):
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
-@pytest.mark.parametrize("labels", ["soft", "mixup", "cotrain"])
+@pytest.mark.parametrize("labels", ["soft", "mixup", "cotrain", "soft adc"])
 def test_a_stopped_run_continues_bit_for_bit(labels, labelled, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "LOG_EVERY", 4)
+    labels, _, adc = labels.partition(" ")
     common = [*TINY, *AUGMENTED, "--labels", labels, "--steps", "11", "--d-steps", "2", "--ema-start", "3"]
+    common += ["--conditioning", "adc"] if adc else []
     runs = {name: tmp_path / name for name in ("whole", "stopped")}
     for name, run_dir in runs.items():
         where = labelled(run_dir) if labels == "soft" else ["--run-dir", str(run_dir)]
