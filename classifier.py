@@ -50,6 +50,7 @@ import hashlib
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,8 @@ FEW_LABELS_RECIPE = PAPER_RECIPE | dict(batch_size=512, lr=0.003, schedule="bit"
                                         save_every=50)
 FEW_LABELS_STEPS = 500
 
-# Softlabel-GAN: §4.3 gives the head and the weight of the entropy, nothing else. For wide_resnet101_2 the
-# rest is that of the official script for Stanford Cars, without its rotations; else ours.
+# Softlabel-GAN: §4.3 gives the head and the weight of the entropy, nothing else. For torchvision's networks
+# the rest is that of the official script for Stanford Cars, without its rotations; else ours.
 HELD_OUT = 0.1  # CHOICE: see `held_out`
 PATIENCE = 30  # CHOICE: epochs without a smaller held-out loss, after which training stops
 SOFT_LABELS = dict(head="spinal", entropy_weight=0.3, hold_out=HELD_OUT)
@@ -116,8 +117,6 @@ SOFT_LARGE_RECIPE = SOFT_RECIPE | dict(pretrained=True, normalisation=IMAGENET_S
 FOLDER_RECIPE = PAPER_RECIPE | dict(batch_size=32, lr=0.05, schedule="cosine")
 FOLDER_IMAGES_SEEN = 60_000
 FOLDER_EPOCHS = 10, 200  # at least, for many images, and at most, for few
-
-TESTS = {"resnet32": 20, "resnet32at32": 20, "resnet50": 5, "wide_resnet101_2": 5}  # on the way
 
 # These may differ between two commands on one run directory: they do not define the experiment. What is in
 # the samples and in the first weights does: it is compared by fingerprints.
@@ -228,7 +227,7 @@ def recipe_for(args, num_images, image_size):
         return recipe | {"epochs": math.ceil(seen / num_images), "crop_padding": 1}
     if args.dataset.startswith("cifar"):
         recipe |= {"normalisation": CIFAR_STATISTICS}
-    if args.soft_labels and args.network == "wide_resnet101_2":
+    if args.soft_labels and args.network in TORCHVISION:
         return recipe | SOFT_LARGE_RECIPE
     if args.dataset.startswith("folder:"):
         recipe["network"] = "resnet32" if image_size <= 32 else "resnet32at32"
@@ -253,7 +252,7 @@ def complete(args, num_images, image_size):
             setattr(args, name, value)
         elif getattr(args, name) != value and name not in FREE:
             changed.append(f"{name.replace('_', '')}{getattr(args, name)}")
-    if args.pretrained and not hasattr(NETWORKS[args.network], "load_imagenet"):
+    if args.pretrained and args.network not in TORCHVISION:
         fail(f"--pretrained: ImageNet's weights do not fit {args.network}; --init-from takes a classifier's")
     changed += ["relabelled"] if args.label_with else []
     samples = args.train_on or args.add
@@ -394,7 +393,8 @@ class ResNet32(nn.Module):
     mean, std: three numbers each, of training pixels in [0, 1].
     """
 
-    name, batch = "resnet32", 200  # batch: images to look at at a time
+    name = "resnet32"
+    batch, tests = 200, 20  # images to look at at a time; tests on the way
 
     def __init__(self, num_classes, mean, std, head="linear"):
         super().__init__()
@@ -431,30 +431,39 @@ class ResNet32At32(ResNet32):
         return super().features(F.interpolate(x, (32, 32), mode="bilinear", antialias=True))
 
 
-class ResNet50(nn.Module):
-    """torchvision's ResNet-50 behind a resize to 128 x 128, BiT's size for small images.
+# torchvision's ResNets and ResNeXts: the pixels a side that each sees, and images to look at at a time.
+# A line here is all that another one takes; --pretrained and --soft-labels then know it.
+TORCHVISION = {
+    "resnet50": (128, 100),  # BiT's size for small images
+    "wide_resnet101_2": (448, 16),  # Softlabel-GAN's backbone (A)
+}
+
+
+class TorchvisionResNet(nn.Module):
+    """One of TORCHVISION, behind a resize to its size.
 
     mean, std: as for ResNet32. The weights are random; see `load_imagenet`.
     """
 
-    name = "resnet50"
-    size, batch = 128, 100  # pixels, images
+    tests = 5
 
-    def __init__(self, num_classes, mean, std, head="linear"):
+    def __init__(self, name, num_classes, mean, std, head="linear"):
         super().__init__()
         import torchvision.models  # here: it takes a second to import, and few runs need it
 
+        self.name = name
+        self.size, self.batch = TORCHVISION[name]
         self.register_buffer("mean", 2 * torch.tensor(mean).view(1, 3, 1, 1) - 1)
         self.register_buffer("std", 2 * torch.tensor(std).view(1, 3, 1, 1))
         self.body = getattr(torchvision.models, self.name)()
+        self.head = build_head(head, self.body.fc.in_features, num_classes)
         self.body.fc = nn.Identity()
-        self.head = build_head(head, 2048, num_classes)
         if head == "linear":
             nn.init.zeros_(self.head.weight)  # BiT
             nn.init.zeros_(self.head.bias)
 
     def features(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (B, 2048) >= 0: the pooled activations, for the head."""
+        """x (B, 3, H, W) in [-1, 1] -> (B, D) >= 0: the pooled activations; D is 2048 for both."""
         x = (x - self.mean) / self.std
         return self.body(F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True))
 
@@ -485,14 +494,8 @@ class ResNet50(nn.Module):
             raise InputError(f"{path} does not hold the weights of {url}; delete it") from error
 
 
-class WideResNet101(ResNet50):
-    """torchvision's Wide-ResNet-101-2 behind a resize to 448 x 448: Softlabel-GAN's backbone (A)."""
-
-    name = "wide_resnet101_2"
-    size, batch = 448, 16
-
-
-NETWORKS = {kind.name: kind for kind in (ResNet32, ResNet32At32, ResNet50, WideResNet101)}
+NETWORKS = {kind.name: kind for kind in (ResNet32, ResNet32At32)}
+NETWORKS |= {name: partial(TorchvisionResNet, name) for name in TORCHVISION}
 
 
 def copy_body(network, path):
@@ -941,7 +944,7 @@ def train(args, path=None):
     generator = torch.Generator().manual_seed(args.seed)
     B, epochs = args.batch_size, args.epochs
     steps = math.ceil(len(labels) / B)  # an epoch
-    test_every = max(1, epochs // TESTS[args.network])  # epochs
+    test_every = max(1, epochs // network.tests)  # epochs
     if watched:
         test_every = min(test_every, PATIENCE)  # a run that stops early has been tested
 
@@ -1037,15 +1040,17 @@ def train(args, path=None):
         print(f"kept the weights of epoch {kept['epoch']}, which had the smallest loss, {kept['loss']:.3f}, "
               f"on {len(watched.labels)} images held out", flush=True)
     facts = {}
+    counted = None
     if args.soft_labels:
         p = outputs(network, train_set.images, device).softmax(1)
         report_labels(p, train_set, args.dataset, "labels: right on")
         facts = {"labels": describe_labels(p, train_set.labels)}
+        counted = images_that_count(p).tolist()
     if args.add:
         seen = predict(network, test_set.images, device)
         precision, recall = macro_precision_recall(seen, test_set.labels, len(classes))
         facts = {"macro_precision": precision, "macro_recall": recall, "added": args.add}
-    write_results(args, learnt, test_set, train_counts, tested, best, unseen, facts)
+    write_results(args, learnt, test_set, train_counts, tested, best, unseen, facts, counted)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     save_classifier(path, network, args.dataset, args.source, classes, args.image_size, settings,
                     tested["test_accuracy"], tested["per_class_accuracy"], unseen)
@@ -1053,13 +1058,15 @@ def train(args, path=None):
     return path
 
 
-def write_results(args, learnt, test_set, train_counts, tested, best, unseen, facts):
-    """metrics.json and per_class.csv of the run, and the same as text: which test images are recognised."""
+def write_results(args, learnt, test_set, train_counts, tested, best, unseen, facts, counted=None):
+    """metrics.json and per_class.csv of the run, and the same as text: which test images are recognised.
+    counted (K,): of --soft-labels, the images that count for each class."""
     import metrics  # here: it imports this file
 
     shares, per_class = tested["test_accuracy"], tested["per_class_accuracy"]
     rows = [{"class": learnt.classes[k], "label": int(k), "train_images": int(learnt.counts[k]),
              "test_images": int(test_set.counts[k]), "accuracy": per_class[k]}
+            | ({"images_that_count": counted[k]} if counted else {})
             for k in datasets.head_to_tail(train_counts)]
     names = ("dataset", "rho", "imbalance", "source", "train_on", "loss", "drw", "epochs", "seed")
     result = {name: getattr(args, name) for name in names}
@@ -1076,7 +1083,7 @@ def write_results(args, learnt, test_set, train_counts, tested, best, unseen, fa
     print(f"trained in {tested['seconds']:.0f} s; accuracy on {len(test_set.labels)} test images: {found}; "
           f"best of the epochs tested: {100 * best['test_accuracy']['all']:.2f} % after {best['epoch']}")
     if len(rows) <= 20:
-        columns = {"train_images": "images", "accuracy": "accuracy"}
+        columns = {"train_images": "images", "images_that_count": "count for it", "accuracy": "accuracy"}
         print("\n".join(metrics.text_table({row["class"]: row for row in rows}, columns)))
     if args.train_on:
         print(f"classifier accuracy score: {100 * shares['all']:.2f} %")

@@ -343,8 +343,8 @@ class Attention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
-        q, k, v = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        q, k, v = (t.flatten(2).transpose(1, 2) for t in (q, k, v))  # (B, pixels, channels)
+        maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        q, k, v = (t.flatten(2).transpose(1, 2) for t in maps)  # (B, pixels, channels)
         # Zeros change no score; with multiples of 8 and a dimension for heads a GPU has a kernel that
         # never writes the (pixels, pixels / 4) table. No 1 / sqrt(channels), as in SAGAN.
         q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))

@@ -17,6 +17,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from conftest import edited
 from PIL import Image
 
 import classifier
@@ -24,7 +25,7 @@ import datasets
 from classifier import (
     BasicBlock,
     ResNet32,
-    ResNet50,
+    TorchvisionResNet,
     augment,
     drw_weights,
     focal_loss,
@@ -50,7 +51,7 @@ class Small(ResNet32):
         self.blocks = torch.nn.Sequential(BasicBlock(16, 32), BasicBlock(32, 64))
 
 
-classifier.NETWORKS["small"], classifier.TESTS["small"] = Small, 20
+classifier.NETWORKS["small"] = Small
 
 # A command that takes a second; --amp off, so that it is the same arithmetic on every machine.
 TINY = ["--dataset", "shapeslt", "--rho", "100", "--image-size", "8", "--network", "small", "--batch-size",
@@ -163,7 +164,7 @@ def test_normalisation_is_that_of_pixels_in_zero_to_one():
 def test_the_large_network_resizes_and_normalises():
     """It sees 128 x 128 pixels whatever comes, in ImageNet's statistics; by hand through torchvision."""
     torch.manual_seed(0)
-    network = ResNet50(3, **classifier.IMAGENET_STATISTICS).eval()
+    network = classifier.NETWORKS["resnet50"](3, **classifier.IMAGENET_STATISTICS).eval()
     assert (
         network.head.weight.abs().sum() == 0
         and sum(p.numel() for p in network.body.parameters()) == 23_508_032
@@ -628,7 +629,7 @@ def test_how_often_a_run_is_tested(tmp_path, monkeypatch):
     epochs = []
     monkeypatch.setattr(classifier, "accuracy", lambda *_: epochs.append(0) or ({"all": 0.5}, [0.5] * 10))
     monkeypatch.setattr(classifier, "write_results", lambda *_: None)
-    monkeypatch.setitem(classifier.TESTS, "small", 2)
+    monkeypatch.setattr(Small, "tests", 2)
     run(tmp_path, "--epochs", 5, "--rho", 1e3)
     tested = [row["epoch"] for row in log_of(tmp_path / "run") if "test_accuracy" in row]
     assert tested == [2, 4, 5] and len(epochs) == 3
@@ -727,8 +728,24 @@ def test_another_classifier_to_start_from(whole, tmp_path):
     assert torch.equal(other.conv.weight, source.conv.weight) and other.norm.running_mean.abs().sum() > 0
 
 
-def test_with_nothing_held_out_the_last_weights_count(tmp_path):
+def test_with_nothing_held_out_the_last_weights_count(tmp_path, capsys):
+    """Of all training images; what their labels are like is in metrics.json, per_class.csv and the table."""
     run(tmp_path, "--rho", 500, "--soft-labels", "--hold-out", 0, "--epochs", 2)
+    out = capsys.readouterr().out
+    network = load_classifier(tmp_path / "run" / "classifier.pt")
+    train_set = datasets.load("shapeslt", "data", "train", 8, 500)
+    with torch.no_grad():
+        p = network(train_set.images / 127.5 - 1).softmax(1).numpy().astype(np.float64)
+    said = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert said["train_images"] == len(p)
+    right = (p.argmax(1) == train_set.labels.numpy()).mean()
+    assert said["labels"]["training_accuracy"] == pytest.approx(right, abs=0.01)
+    assert said["labels"]["entropy"] == pytest.approx(scipy.stats.entropy(p, axis=1).mean(), rel=1e-3)
+    rows = list(csv.DictReader((tmp_path / "run" / "per_class.csv").read_text().splitlines()))
+    counted = {int(row["label"]): int(row["images_that_count"]) for row in rows}
+    assert [counted[k] for k in range(10)] == pytest.approx((p > 0.01).sum(0).tolist(), abs=3)  # rounding
+    assert said["labels"]["images_that_count"] == [min(counted.values()), max(counted.values())]
+    assert "count for it" in out and log_of(tmp_path / "run")[-1]["training_accuracy"] >= 0
     found, last = (
         load_classifier(tmp_path / "run" / "classifier.pt").state_dict(),
         weights_of(tmp_path / "run"),
@@ -891,9 +908,12 @@ def test_description_of_labels():
     labels = torch.tensor([0, 1])
     facts = classifier.describe_labels(torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.05, 0.85, 0.05, 0.05]]), labels)
     assert facts["max_probability"] == pytest.approx(0.775)
+    assert facts["training_accuracy"] == 1 and facts["images_that_count"] == [1, 2]
     assert facts["off_class_mass"] == pytest.approx(0.225)
     # half of |.2 - .1| + |.1 - .1| + |0 - .1| of .3, and 0 of .15
     assert facts["off_class_distance"] == pytest.approx(0.1 / 0.45, rel=1e-5)
+    swapped = classifier.describe_labels(torch.eye(4)[[0, 0, 2]], torch.tensor([0, 1, 2]))
+    assert swapped["training_accuracy"] == pytest.approx(2 / 3) and swapped["images_that_count"] == [0, 2]
     one_hot = classifier.describe_labels(torch.eye(4)[labels], labels)
     assert one_hot["entropy"] == 0 and one_hot["off_class_distance"] is None
 
@@ -1063,10 +1083,23 @@ def test_what_soft_labels_are_trained_with():
 @torch.no_grad()
 def test_the_network_for_large_images():
     with torch.device("meta"):  # 127 million parameters
-        network = classifier.WideResNet101(176, **classifier.IMAGENET_STATISTICS, head="spinal")
+        network = TorchvisionResNet("wide_resnet101_2", 176, **classifier.IMAGENET_STATISTICS, head="spinal")
     head = sum(p.numel() for p in network.head.parameters())
     assert head == 1025 * 176 + 3 * 176 * 1201 + 705 * 176
     assert sum(p.numel() for p in network.parameters()) - head == 124_837_696
+
+
+def test_another_backbone_is_a_line_in_a_table():
+    """resnet18: 512 features, ImageNet's weights by default, the official script's settings."""
+    other = edited("classifier.py", ("TORCHVISION = {", 'TORCHVISION = {"resnet18": (24, 50), '))
+    args = other.parse_settings(["--dataset", "cifar10imb", "--soft-labels", "--network", "resnet18"])
+    other.complete(args, 3208, 32)
+    assert (args.pretrained, args.lr, args.schedule, args.head) == (True, 0.001, "sevens", "spinal")
+    network = other.NETWORKS[args.network](10, **args.normalisation, head=args.head).eval()
+    assert sum(p.numel() for p in network.body.parameters()) == 11_176_512  # He et al. 2016, without the head
+    with torch.no_grad():
+        assert network.features(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1204,7 +1237,7 @@ def test_fine_tuning(tmp_path, monkeypatch, run_script):
     train(parse_settings([*command, "--lr", "1e-30"]))
     network = load_classifier(tmp_path / "run" / "classifier.pt",
                               classes=datasets.load("shapes", "data").classes)
-    assert isinstance(network, ResNet50) and network.info["network"] == "resnet50"
+    assert isinstance(network, TorchvisionResNet) and network.info["network"] == "resnet50"
     assert torch.equal(network.body.conv1.weight, source["conv1.weight"])  # the rate is next to nothing
     assert network.info["settings"]["label_fraction"] == 0.001
     assert network.info["settings"]["weight_decay"] == 0
@@ -1228,7 +1261,7 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
     assert f"copy that file to {place}" in str(caught.value) and tried[0] in str(caught.value)
     assert tried[0].startswith("https://") and tried[0].endswith(IMAGENET_FILE)
     assert not (tmp_path / "run").exists()
-    network = ResNet50(2, **classifier.IMAGENET_STATISTICS)
+    network = TorchvisionResNet("resnet50", 2, **classifier.IMAGENET_STATISTICS)
     for content, message in ((b"", "is damaged"), (b"<html>not found</html>", "is damaged"),
                              (None, "does not hold")):
         if content is None:

@@ -420,7 +420,8 @@ LOOP_FLAGS = ["--width", "2", "--discriminator-width", "3", "--batch-size", "6",
 def test_the_loop_is_the_papers(kind, tmp_path, monkeypatch, float64):
     """Four steps of main() against the same steps written here, from the same random numbers: labels image
     by image, Eqs 2 and 3, plain autograd and Adam, the average from step 2 on. The networks are main's."""
-    (policy, oversample, flip), (how, _, adc) = LOOPS[kind], kind.partition(" ")
+    policy, oversample, flip = LOOPS[kind]
+    how, _, adc = kind.partition(" ")
     B, K, smoothing = 6, 10, 0.3
     train = datasets.load("shapeslt", "data", "train", 16, 26.5)
     p = (torch.randn(len(train.labels), K) + one_hot(train.labels, K)).softmax(1)  # right on some, not on all
