@@ -30,7 +30,7 @@ of the very images that it labels. Ours starts from random weights and stops ear
 reference), then --soft-labels --hold-out 0 --init-from that one, which takes all its weights but the head's
 and trains to the end; or --network wide_resnet101_2. In log.jsonl `training_accuracy`, `images_that_count`
 and `off_class_distance` say how far it is; fewer --epochs if the labels collapse.
-Measured at 16 pixels alone (--image-size 16 --batch-size 64 --epochs 36, hold-out 0, one seed, one thread of a
+Measured at 16 pixels alone (--image-size 16 --batch-size 64 --epochs 36, hold-out 0, one seed, a thread of a
 Xeon), after 23 epochs on cifar10imb: from scratch 69 % of its images right, 1,839 to 2,991 count for a class;
 from 3 epochs of CIFAR-100, 81 % and 1,028 to 2,947; after all 36 89 % and 778 to 2,768 (the paper: 149 to
 2,232), and the labels have not collapsed (distance 0.53). At 32 pixels not measured, so the default stays.
