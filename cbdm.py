@@ -14,16 +14,19 @@ pull is weak.
     python cbdm.py --dataset cifar100lt --label-set sqrt  # Table 2; also bal
     python cbdm.py --dataset cifar100lt --steps 50000 --init-from BASELINE/checkpoint.pt
                                                           # Table 2, fine-tuning: 50,000 steps (A)
+    python cbdm.py --dataset cifar100lt --augment ada     # Table 1; also diffaug
+    python cbdm.py --dataset cifar100lt --prediction edm --augment ada  # Table 5; also --backbone vit
     python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; replaces samples, scores
     python cbdm.py --dataset cifar100lt --eval-only --sampler dpm --ddim-steps 20     # the cheapest; ours
+    python cbdm.py --dataset cifar100lt --eval-only --guidance 0 0.8 1.6      # Fig. 6: each is scored
     python cbdm.py --dataset folder:PATH --image-size 64  # your own images, settings that fit them
     python cbdm.py --dataset folder:PATH --image-size 64 --eval-only --export DIR --classes A,B
                                                           # pictures of rare classes, for a training set
 
-P's FIDs in Table 1: 7.38 for DDPM, 6.26 for CBDM. Its other columns: --scores fid,is,pr,prd. Table 4
-and Fig. 4: classifier.py --add, metrics.py --plot. Each command resumes the run that it finds in its
-run directory: bit for bit on the CPU with the same number of threads; on a GPU with the same data
-and noise, up to rounding.
+P's FIDs in Table 1: 7.38 for DDPM, 6.26 for CBDM. Its other columns: --scores fid,is,pr,prd; all
+rows of all tables: .results/tables.md. Each command resumes the run that it finds in its run
+directory: bit for bit on the CPU with the same number of threads; on a GPU with the same data and
+noise, up to rounding.
 Cost: shapeslt 5 minutes on two CPU cores. cifar100lt takes 11 s a step there, over a month in all: a
 GPU's work. It has never been run in full.
 
@@ -49,7 +52,6 @@ say: gradients clipped at norm 1, averaged weights (EMA) for sampling, horizonta
   * bfloat16 where the hardware has it (`--amp off` for A's float32), fused Adam, both labels in one
     forward pass.
 Eq. 2 and the propositions argue for Eq. 3; nothing of them is computed. |Y| is 1, as in Alg. 1.
-Not here yet: ADA and DiffAug (Table 1), the EDM and ViT backbones (Table 5).
 """
 
 import argparse
@@ -233,7 +235,7 @@ def parse_settings(argv=None):
 # t       (B,) int64, step 0 .. T-1                y'      (B,) int64, random classes
 # eps     (B, 3, H, W), the noise in x_t           h       (B, 3, H, W), eps_theta(x_t, y, t)
 # x_t     (B, 3, H, W), x_0 after t steps          h'      (B, 3, H, W), eps_theta(x_t, y', t)
-#         (with --prediction v, h and h' are velocities; with edm what EDM's network predicts)
+#         (with --prediction v, h and h' are velocities; with edm see there)
 # tau     weight of the regulariser                gamma   weight of its commitment term
 # omega   guidance strength                        q_Y     (K,), the paper's q*_Y
 # B is the paper's N. alpha_bar (T,) is the noise schedule; index t here is the paper's step t + 1.
@@ -286,40 +288,10 @@ def eps_of_velocity(v, x_t, t, alpha_bar):
     return (1 - alpha_bar[t]).sqrt().item() * x_t + alpha_bar[t].sqrt().item() * v
 
 
-SIGMA_DATA = 0.5  # EDM: Karras et al. 2022, as all numbers of it
-
-
-def edm_levels():
-    """sigma (T,) float64, EDM's noise levels: x_t = x_0 + sigma_t eps.
-
-    CHOICE: not drawn from their log-normal distribution, but T of its quantiles, all equally likely.
-    So t is drawn as ever and is the rank of a level: what tau t says in DDPM it says here.
-    """
-    rank = (torch.arange(T, dtype=torch.float64) + 0.5) / T
-    return torch.exp(1.2 * torch.special.ndtri(rank) - 1.2)
-
-
-def edm_coefficients(sigma):
-    """c_skip, c_out, c_in of the denoiser D(x) = c_skip x + c_out F(c_in x), F the network (Table 1)."""
-    total = sigma**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total**0.5, total**-0.5
-
-
-def edm_pair(x_0, sigma, eps):
-    """What F sees and what it should answer: c_in x_t, and the F for which D(x_t) is x_0.
-
-    EDM's loss weighs || D - x_0 ||^2 with 1 / c_out^2: that is || F - target ||^2. The regulariser,
-    weighed like it, then lies between two answers of F too, as between two eps in DDPM.
-    """
-    skip, out, scale = edm_coefficients(sigma)
-    x_t = x_0 + sigma * eps
-    return scale * x_t, (x_0 - skip * x_t) / out
-
-
 def ddpm_loss(h, target, absolute=False):
     """Eq. 1: || eps - eps_theta(x_t, y, t) ||^2, the mean over images and pixels. Scalar.
 
-    target: eps, or the velocity, or EDM's. absolute: |.| instead, which Diffusion-ViT learns with.
+    target: eps, or the velocity, or EDM's F. absolute: |.| instead, which Diffusion-ViT learns with.
     """
     return (target - h).abs().mean() if absolute else (target - h).square().mean()
 
@@ -502,8 +474,8 @@ class UNet(Conditional):
 
 
 # Diffusion-ViT (GenViT: Yang et al. 2022, sndnyang/Diffusion_ViT), unconditional there; P adds an
-# embedding of the label. At 32 x 32 pixels 11.2 million parameters for 100 classes. Where we differ:
-# neither its weight averaging over 500 epochs' tail nor its classifier; the same Adam for all.
+# embedding of the label. At 32 x 32 pixels 11.2 million parameters for 100 classes. It predicts eps, so
+# the regulariser is the U-Net's. Where we differ: no decay of weights, no classifier beside it.
 PATCHES = 8  # a side
 
 
@@ -559,6 +531,60 @@ def build_network(args, num_classes):
         return ViT(num_classes, args.channels, args.image_size, args.dropout, ada)
     shape = args.channels, args.multipliers, args.blocks, args.attention_level
     return UNet(num_classes, *shape, args.dropout, ada)
+
+
+# --------------------------------------------------------------------------------------------------
+# EDM (--prediction edm, Table 5)
+# --------------------------------------------------------------------------------------------------
+# Karras et al. 2022: what the network sees, answers and learns, and another sampler. P's rows also
+# have EDM's network (56 million parameters), rate (1e-3), batch (512) and length (200 million
+# images), and its augmentation, here --augment ada; ours has the U-Net and settings of all others.
+SIGMA_DATA = 0.5  # as all numbers here: theirs
+
+
+def edm_levels():
+    """sigma (T,) float64, EDM's noise levels: x_t = x_0 + sigma_t eps.
+
+    CHOICE: not drawn from their log-normal distribution, but T of its quantiles, all equally likely.
+    So t is drawn as ever and is the rank of a level: what tau t says in DDPM it says here.
+    """
+    rank = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    return torch.exp(1.2 * torch.special.ndtri(rank) - 1.2)
+
+
+def edm_coefficients(sigma):
+    """c_skip, c_out, c_in of the denoiser D(x) = c_skip x + c_out F(c_in x), F the network (Table 1)."""
+    total = sigma**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total**0.5, total**-0.5
+
+
+def edm_pair(x_0, sigma, eps):
+    """What F sees and what it should answer: c_in x_t, and the F for which D(x_t) is x_0.
+
+    EDM's loss weighs || D - x_0 ||^2 with 1 / c_out^2: that is || F - target ||^2. The regulariser,
+    weighed like it, then lies between two answers of F too, as between two eps in DDPM.
+    """
+    skip, out, scale = edm_coefficients(sigma)
+    x_t = x_0 + sigma * eps
+    return scale * x_t, (x_0 - skip * x_t) / out
+
+
+def heun(denoised, x, steps):
+    """EDM's sampler (Karras et al. 2022, Alg. 1 without its noise): the image from x at sigma = 80.
+
+    denoised(x, sigma): D. In sigma the ODE is dx / dsigma = (x - D) / sigma. Each step goes down to
+    the next level as Euler would, and once more with the mean of the slopes at both ends: second
+    order, for 2 steps - 1 calls.
+    """
+    rho, place = 7, np.linspace(0, 1, steps)
+    sigmas = (80 ** (1 / rho) + place * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+    for sigma, lower in pairwise([*sigmas.tolist(), 0.0]):
+        slope = (x - denoised(x, sigma)) / sigma
+        euler = x + (lower - sigma) * slope
+        if lower > 0:
+            slope = (slope + (euler - denoised(euler, lower)) / lower) / 2
+        x = x + (lower - sigma) * slope
+    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -631,24 +657,6 @@ def sampling_times(sampler, steps, alpha_bar):
     wanted = torch.linspace(first, log_ratio[0].item(), steps, dtype=torch.float64)
     nearest = (log_ratio - wanted[:, None]).abs().argmin(1)
     return nearest.unique().flip(0).tolist()  # unique: where steps are many and t is coarse
-
-
-def heun(denoised, x, steps):
-    """EDM's sampler (Karras et al. 2022, Alg. 1 without its noise): the image from x at sigma = 80.
-
-    denoised(x, sigma): D. In sigma the ODE is dx / dsigma = (x - D) / sigma. Each step goes down to
-    the next level as Euler would, and once more with the mean of the slopes at both ends: second
-    order, for 2 steps - 1 calls.
-    """
-    rho, place = 7, np.linspace(0, 1, steps)
-    sigmas = (80 ** (1 / rho) + place * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
-    for sigma, lower in pairwise([*sigmas.tolist(), 0.0]):
-        slope = (x - denoised(x, sigma)) / sigma
-        euler = x + (lower - sigma) * slope
-        if lower > 0:
-            slope = (slope + (euler - denoised(euler, lower)) / lower) / 2
-        x = x + (lower - sigma) * slope
-    return x
 
 
 @torch.no_grad()

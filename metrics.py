@@ -988,6 +988,7 @@ def mean_with_error(rows, field):
 
 
 OFTEN_NEARER = 0.05  # the share of real images that count as copies too
+APART = ("test", "reference")  # splits that may hold images held out of training
 ENOUGH_APART = 20  # held-out images of a class, to say how near its images lie to the training images
 
 
@@ -1107,7 +1108,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             lpips = load_lpips(device)
         except InputError as error:
             leave_out("lpips", str(error))
-    apart_split, apart = other_split(load, [train], ("test", "reference")) if load else (None, None)
+    apart_split, apart = other_split(load, [train], APART) if load else (None, None)
     if "copies" in wanted and not apart:
         leave_out("copies", f"copies needs training images and others, held out; {name} has not both")
 
@@ -1621,7 +1622,7 @@ def parse_args():
     chosen_scores(args.scores)
     if (args.dataset is None) == (args.against is None):
         fail("say what to compare with: --dataset NAME, or --against PATH of other images")
-    if args.nearest or (args.report and args.dataset):
+    if args.nearest:
         if args.against:
             fail("--nearest shows training images; --against has none")
         args.scores += ",copies"
@@ -1665,6 +1666,8 @@ def main():
         load = functools.partial(datasets.load, *where, image_size=args.image_size, rho=args.rho,
                                  imbalance=args.imbalance)
         classes = load(args.reference).classes
+        if args.report and other_split(load, [load("train")], APART)[1]:
+            args.scores += ",copies"
     samples = {path: load_samples(path, classes=classes) for path in args.samples}
     size = samples[args.samples[0]][0].shape[-1]
     labelled = all(labels is not None for _, labels in samples.values())
@@ -1696,7 +1699,7 @@ def main():
             rows = datasets.grid_classes(torch.tensor([row["train_images"] for row in result["per_class"]]))
             pictures[f"{path}: samples, from head to tail"] = beside(out, "grid.png")
             datasets.write_grid(beside(out, "grid.png"), datasets.rows_of(images, labels, rows))
-        if args.dataset and labels is not None and (args.nearest or args.report):
+        if labels is not None and (args.nearest or args.report) and "copies" in chosen_scores(args.scores):
             pictures[f"{path}: samples, each beside the nearest training image"] = beside(out, "nearest.png")
             with atomic_write(beside(out, "nearest.png")) as file:
                 nearest_picture(images, load("train"), result["per_class"]).save(file, format="png")

@@ -52,8 +52,8 @@ y_hat is that head's target for real images, the one place left for it; the head
 al. for CIFAR; 0.5 for Tiny ImageNet). FID of AnimeFace, one-hot 35.09, smoothed 23.18, soft 21.05.
 Not here: vision-aided GAN, whose weights are those of several other pretrained networks (P does not
 say which): each would stand frozen beside D, with a small head that is scored on the same labels,
-its hinge added to L_D and L_G. Nor P's Table 7, a guided diffusion with these labels; colour
-histograms and t-SNE; ImageNet-LT and Tiny ImageNet (folder:PATH takes them, cut by hand).
+its hinge added to L_D and L_G. Elsewhere: P's Table 7, a guided diffusion with these labels, is
+cbdm.py --soft-labels; Fig. 7, colour histograms, metrics.py --scores colours.
 """
 
 import copy
@@ -190,7 +190,9 @@ def parse_settings(argv=None):
 # D sees every image after DiffAugment. Every label is a distribution over the classes.
 def discriminator_loss(D_real, D_fake):
     """Eqs 1 and 3: E[f_D(-D(x_r, y_hat))] + E[f_D(D(x_f, y_f))], f_D(t) = max(0, 1 + t). Scalar.
-    Eq. 1 has the one-hot y_r for y_hat. Without its second f_D, Eq. 3 as printed has no lower bound."""
+
+    Eq. 1 has the one-hot y_r for y_hat. Without its second f_D, Eq. 3 as printed has no lower bound.
+    """
     # TRY: F.softplus(-D_real).mean() + F.softplus(D_fake).mean(), the loss of the first GANs. It
     # has no margin: D pushes its scores apart without limit, see D_real and D_fake in the log.
     return F.relu(1 - D_real).mean() + F.relu(1 + D_fake).mean()
@@ -235,7 +237,8 @@ def online_label_smoothing(p, classes):
     Row i is the mean of p over the images of class i that C recognises; without any it is one-hot.
     p (N, K); classes (N,): the images'. Zhang et al. 2021, who invented OLS, renew the table each
     epoch. A divides entry (i, j) by the number for class j, not for class i: its rows sum to more
-    than 1 for the head, and the rarer a class the larger its column."""
+    than 1 for the head, and the rarer a class the larger its column.
+    """
     K = p.shape[1]
     right = p.argmax(1) == classes
     y, p = F.one_hot(classes[right], K).to(p), p[right]
@@ -245,7 +248,9 @@ def online_label_smoothing(p, classes):
 
 def label_augmentation(how, classes, K, p=None, alpha=0.1):
     """§4.2, the function T_y: the labels that D gets with the training images, (N, K) float32.
-    classes (N,): the images'. p (N, K): for soft, ols. Mixup and cotrain: one-hot, till the loop."""
+
+    classes (N,): the images'. p (N, K): for soft, ols. Mixup and cotrain: one-hot, till the loop.
+    """
     y = F.one_hot(classes, K).double()
     if how == "soft":
         y = p  # y_hat = C(x). TRY: (y + p) / 2: classes lend each other half as much
@@ -332,7 +337,8 @@ class DiscriminatorBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over pixels (SAGAN: Zhang et al. 2019), (B, C, H, W) in and out; the identity
-    at first, as gamma = 0."""
+    at first, as gamma = 0.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -355,7 +361,8 @@ class Attention(nn.Module):
 def initialise(network, image_size, plain=()):
     """Weights N(0, 0.02^2) up to 32 pixels, orthogonal above (A); zero biases; spectral norm (A),
     but for the layers in `plain`: W / sigma(W) (Miyato et al. 2018), with sigma from one step of
-    the power method in each forward pass in training mode."""
+    the power method in each forward pass in training mode.
+    """
     draw = partial(nn.init.normal_, std=0.02) if image_size <= 32 else nn.init.orthogonal_
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -444,7 +451,9 @@ GRID, FINAL, EXPORT = range(3)  # the pictures on the way, what is scored, --exp
 
 def noise_and_labels(n, d_z, K, device):
     """§4.2: z (n, d_z) and y_f (n, K), one-hot, each class equally likely: what G makes fakes from.
-    Drawn on the CPU: the same on each device. Of n, this process's share."""
+
+    Drawn on the CPU: the same on each device. Of n, this process's share.
+    """
     z, classes = my_share(torch.randn(n, d_z)), my_share(torch.randint(K, (n,)))
     return to_device(z, device), F.one_hot(to_device(classes, device), K).float()
 
@@ -458,7 +467,8 @@ def latents(n, d_z, kind, seed):
 @torch.no_grad()
 def generate(generator, z, classes, K, args, amp):
     """Images (n, 3, R, R) uint8 on the CPU from z (n, d_z) and classes (n,) or labels (n, K), by the
-    averaged generator in eval mode: batch norm has the averages of training."""
+    averaged generator in eval mode: batch norm has the averages of training.
+    """
     device = next(generator.parameters()).device
     z, classes = (t[datasets.my_part(len(t))] for t in (z, classes))
     at_once = datasets.images_at_once(AT_ONCE, args.image_size)
@@ -503,7 +513,8 @@ LOGGED = ("L_D", "L_G", "L_C", "D_real", "D_fake")
 
 def draw_borrowed(path, train, y_hat, rows):
     """Fig. 2: a row for each of these classes, the images of other classes that count most for it, by
-    y_hat (N, K). White where less than a row of them counts at all. Equals come in random order."""
+    y_hat (N, K). White where less than a row of them counts at all. Equals come in random order.
+    """
     shuffled = torch.randperm(len(y_hat), generator=torch.Generator().manual_seed(0))
     index, classes = [], []
     for k in rows:

@@ -996,7 +996,7 @@ def test_a_folder_that_changed_since_is_refused(tmp_path):
         tiny_run(tmp_path / "run", *flags)
 
 
-def test_fine_tuning_across_class_counts(tmp_path):
+def test_fine_tuning_across_class_counts(tmp_path, capsys):
     """--init-from takes another run's averaged weights; with other classes, all but the label table."""
     folder = tmp_path / "pictures"
     for c in range(3):
@@ -1020,6 +1020,7 @@ def test_fine_tuning_across_class_counts(tmp_path):
     assert [k for k in start if loaded[k].shape != start[k].shape
             or not torch.equal(loaded[k], start[k])] == ["label.weight"]
     assert loaded["label.weight"].shape == (3, 32)
+    assert "10 classes there, 3 here; the embeddings of the classes are new" in capsys.readouterr().out
 
 
 def test_each_option_of_the_method_trains(tmp_path):
@@ -1225,6 +1226,55 @@ def finished(tmp_path, monkeypatch):
     return export
 
 
+def test_several_strengths_of_guidance_are_scored_one_after_the_other(tmp_path, monkeypatch):
+    """Fig. 6, from one checkpoint: each value's samples and scores in a directory of its own."""
+    asked = []
+
+    def score(where, images, labels, args, device, protocol):
+        asked.append((where, args.guidance, protocol))
+
+    monkeypatch.setattr(metrics, "score_run", score)
+    run = [*TINY, "--warmup", "0", "--lr", "1e-2", "--run-dir", str(tmp_path)]
+    cbdm.main(run)
+    draw = [*run, "--eval-only", "--eval-images", "10", "--ddim-steps", "2"]
+    cbdm.main([*draw, "--guidance", "0", "3"])
+    assert asked == [(tmp_path / f"guidance-{w}", w, {"guidance": w}) for w in (0, 3)]
+    cbdm.main([*draw, "--guidance", "3"])
+    assert asked[2][:2] == (tmp_path, 3)
+    images = []
+    for where, _, _ in asked:
+        with np.load(where / "samples.npz", allow_pickle=False) as file:
+            images.append(file["images"])
+    assert not np.array_equal(images[0], images[1]) and np.array_equal(images[1], images[2])
+
+
+def test_a_grid_of_one_class(tmp_path, monkeypatch):
+    """Fig. 7: columns are strengths of guidance, rows are runs; the same noise in all, and no scores."""
+    monkeypatch.setattr(metrics, "score_run", lambda *a, **k: pytest.fail("nothing is to be scored"))
+    initialise = cbdm.UNet.initialise
+    monkeypatch.setattr(cbdm.UNet, "initialise", lambda self: (initialise(self), randomise(self)))
+    run = [*TINY, "--warmup", "0", "--lr", "1e-2", "--run-dir", str(tmp_path / "a")]
+    cbdm.main(run)
+    other = tiny_run(tmp_path / "b", "--warmup", 0, "--lr", 1e-2, "--tau", 0)["ema"]
+    flags = ["--eval-only", "--ddim-steps", "2", "--eval-images", "5", "--class-grid", "star"]
+    flags += ["--guidance", "0", "2", "--beside", str(tmp_path / "b" / "checkpoint.pt")]
+    cbdm.main([*run, *flags])
+    k = datasets.load("shapeslt", "data").classes.index("star")
+    args = cbdm.parse_settings([*TINY, *flags])
+    assert args.sweep == [0, 2]
+    network = cbdm.UNet(10, 8, [1, 1], 1, 1, 0.0).eval()
+    network.load_state_dict(other)
+    vars(args)["guidance"] = 2.0
+    expected = cbdm.sample(network, torch.full((4,), k), args, True, 0, args.sampler)
+    picture = np.asarray(Image.open(tmp_path / "a" / "samples" / f"class-{k}.png"))
+    tiles = [picture[4 + 68 * row : 68 + 68 * row : 4, 4 + 68 * column : 68 + 68 * column : 4]
+             for row in (0, 1) for column in range(8)]  # 16 pixels, enlarged to 64, and 4 between
+    assert all((tiles[12 + i] == expected[i].permute(1, 2, 0).numpy()).mean() > 0.9 for i in range(4))
+    assert not np.array_equal(tiles[0], tiles[4]) and not np.array_equal(tiles[0], tiles[8])
+    with pytest.raises(InputError, match="no class is called 'stars'"):
+        cbdm.main([*run, *flags, "--class-grid", "stars"])
+
+
 def test_pictures_do_not_depend_on_what_else_is_exported(finished, tmp_path, monkeypatch):
     asked, sampled = [], cbdm.sample
     monkeypatch.setattr(cbdm, "sample", lambda model, y, *a: asked.append(y) or sampled(model, y, *a))
@@ -1309,6 +1359,8 @@ def test_exports_that_cannot_be(flags, message, tmp_path, monkeypatch):
     ["--steps", "many"], ["--no-such-flag"], ["--multipliers", "0", "1"], ["--eval-only"],
     ["--scores", "fod"],
     ["--init-from", "nowhere.pt"], ["--attention-level", "2"], ["--features", "classifier:nowhere.pt"],
+    ["--sampler", "heun"], ["--prediction", "edm", "--sampler", "ddim"], ["--class-grid", "heart"],
+    ["--soft-labels", "nowhere.npz"], ["--image-size", "18", "--backbone", "vit"], ["--augment", "some"],
 ])
 def test_senseless_input_is_refused_by_name(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

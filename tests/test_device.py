@@ -201,13 +201,17 @@ def pretended(request, monkeypatch):
 COMMON = ["--dataset", "shapeslt", "--rho", "4", "--amp", "off"]
 CLASSIFIER = [*COMMON, "--epochs", "1", "--batch-size", "40"]
 GAN = ["--width", "2", "--discriminator-width", "2", "--ema-start", "1"]
+DIFFUSION = ["--channels", "4", "--ddim-steps", "2", "--regularise-after", "0", "--lr-schedule", "constant"]
 RUNS = {  # name: script, whether it takes a classifier, flags
-    "cbdm": (cbdm, False, ["--channels", "4", "--multipliers", "1", "1", "--attention-level", "1",
-                           "--ddim-steps", "2", "--regularise-after", "0", "--lr-schedule", "constant"]),
+    "cbdm": (cbdm, False, [*DIFFUSION, "--multipliers", "1", "1", "--attention-level", "1"]),
+    "edm": (cbdm, False, [*DIFFUSION, "--multipliers", "1", "1", "--attention-level", "1", "--prediction",
+                          "edm", "--augment", "ada"]),
+    "vit": (cbdm, False, [*DIFFUSION, "--backbone", "vit", "--augment", "diffaug"]),
     "cbgan": (cbgan, True, [*GAN, "--cycle", "1", "--monitor-every", "2", "--monitor-images", "12"]),
     "acgan": (cbgan, False, [*GAN, "--monitor-every", "0", "--conditioning", "acgan",
                              "--architecture", "snresgan", "--scores", "all"]),
     "soft": (softlabel_gan, True, [*GAN, "--diffaug", "color,translation,cutout"]),
+    "adc": (softlabel_gan, False, [*GAN, "--labels", "smooth", "--conditioning", "adc"]),
     "mixup": (softlabel_gan, False, [*GAN, "--labels", "mixup"]),
     # Small rates, for Adam turns rounding, which differs in MPS's layout, into whole steps.
     "cotrain": (softlabel_gan, False, [*GAN, "--labels", "cotrain", "--lr", "1e-5", "--lr-d", "1e-5"]),
@@ -333,7 +337,7 @@ LABELS = "to_device(my_share(torch.multinomial(q_Y, B, replacement=True)), devic
 
 @pytest.mark.parametrize("pretended, name, right, wrong, refusal", [
     ("cuda", "cbdm", LABELS, "torch.multinomial(q_Y, B, replacement=True)", "and on the CPU"),
-    ("mps", "soft", "len(x), to_device(drawn, x.device)", "len(x), drawn", "and on the CPU"),
+    ("mps", "soft", "return to_device(z, device)", "return z", "and on the CPU"),
     ("cuda", "cbdm", "torch.Generator(device)", "torch.Generator()", "generator"),
     ("mps", "cbdm", "w.cpu().contiguous().numpy()", "np.asarray(w.contiguous())", "numpy"),
     ("mps", "cbgan", ".float().to(device)\n    zero", ".to(device)\n    zero", "no float64"),  # w of Eq. 7
@@ -380,6 +384,6 @@ def test_the_scripts_run_on_a_real_gpu(kind, there, on_cpu, judge, tmp_path, mon
     name, (expected, _) = on_cpu
     log, scores = run(name, judge, tmp_path, kind)
     assert np.isfinite(numbers([log, scores])).all() and log[-1]["step"] == 3
-    if name not in ("cbdm", "cotrain"):  # cbdm draws its noise on the device
+    if RUNS[name][0] is not cbdm and name != "cotrain":  # cbdm draws its noise on the device
         losses = [[row.get(k) for row in rows for k in RUNS[name][0].LOGGED] for rows in (log, expected)]
         assert numbers(losses[0]) == pytest.approx(numbers(losses[1]), rel=1e-2, abs=1e-3)

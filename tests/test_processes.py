@@ -30,11 +30,15 @@ RUNS = {
     "cbdm": (cbdm, [*COMMON, "--channels", "8", "--regularise-after", "0", "--lr-schedule", "constant",
                     "--lr", "1e-3", "--warmup", "2", "--tau", "1", "--drop-rate", "0.5", "--ddim-steps", "2",
                     "--sampler", "ddim"]),
+    "cbdm-edm": (cbdm, [*COMMON, "--channels", "8", "--regularise-after", "0", "--lr-schedule", "constant",
+                        "--lr", "1e-3", "--warmup", "2", "--tau", "1", "--prediction", "edm", "--augment",
+                        "ada"]),
     "cbgan": (cbgan, [*GAN, "--cycle", "2", "--monitor-every", "0", "--reg-weight", "100"]),
     "cbgan-inverse": (cbgan, [*GAN, "--cycle", "2", "--monitor-every", "0", "--conditioning", "inverse"]),
     "cbgan-acgan": (cbgan, [*GAN, "--monitor-every", "0", "--conditioning", "acgan"]),
     "softlabel": (softlabel_gan, [*GAN, "--labels", "soft", "--d-steps", "2"]),
     "softlabel-mixup": (softlabel_gan, [*GAN, "--labels", "mixup"]),
+    "softlabel-adc": (softlabel_gan, [*GAN, "--labels", "smooth", "--conditioning", "adc"]),
     # One step: C is deep and learns fast on eight images; after a few, a tenth of its gradient is rounding.
     "softlabel-cotrain": (softlabel_gan, [*GAN, "--labels", "cotrain", "--steps", "1"]),
 }
@@ -172,7 +176,7 @@ def test_a_run_may_change_the_number_of_processes(both):
 
 def test_one_process_speaks_and_writes(both):
     where, out = both
-    assert out.count("CBDM on shapeslt") == 5 and out.count("GAN, conditioning none") == 2
+    assert out.count("CBDM on shapeslt") == 6 and out.count("GAN, conditioning none") == 2
     assert (where / "two" / "cbgan" / "metrics.json").exists()
     lines = (where / "two" / "cbdm" / "log.jsonl").read_text().splitlines()
     assert len(lines) == 1
