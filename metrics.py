@@ -32,6 +32,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import html
@@ -1038,6 +1039,86 @@ def other_split(load, known, splits):
     return None, None
 
 
+@dataclasses.dataclass
+class Compared:
+    """What a row of scores is made from: N samples, M real images; None where something is not to be had."""
+
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: np.ndarray | None  # (N,) the classes that the samples were made for
+    seen: np.ndarray | None  # (N,) the classes that a classifier sees in them
+    probabilities: np.ndarray  # (N, C) of the feature network
+    fake: torch.Tensor  # (N, D) features
+    real: torch.Tensor  # (M, D)
+    real_labels: np.ndarray  # (M,)
+    radii: dict  # of the real images, (M,): "all", among all; "class", within their class
+    floor: torch.Tensor | None  # features of other real images, as many of each class as there are samples
+    floor_labels: np.ndarray
+    copied: np.ndarray | None  # (N,) bool, see `copies`
+    lpips: Lpips | None
+    num_classes: int
+    device: str
+    batch_size: int
+    errors: bool
+    fields: list  # what a row holds: names in metrics.json
+
+
+def score_classes(c, classes, names, radii=None):
+    """A row of scores (a dict) of the samples made for these classes, against the real images of them.
+
+    c       a Compared; names: of SCORES; radii: which of c.radii, if any
+    """
+    K, everything = c.num_classes, len(classes) == c.num_classes
+    row = dict.fromkeys(("samples", *c.fields, "recognised", "seen_share", *HUES))
+    if c.seen is not None:
+        row["seen_share"] = float(np.isin(c.seen, classes).mean())
+    if (c.labels is None and not everything) or not len(classes):  # the tail of two classes
+        return row
+    mine = np.arange(len(c.images)) if c.labels is None else np.flatnonzero(np.isin(c.labels, classes))
+    theirs = np.isin(c.real_labels, classes)
+    # All rows are not copied: 50,000 x 2,048 are 400 MB.
+    real = c.real if theirs.all() else c.real[torch.from_numpy(theirs)]
+    known = c.radii[radii][theirs] if c.radii and radii else None
+    clusters = CLUSTERS * len(classes)
+    real_moments = moments(real.cpu().numpy()) if "fid" in names and len(real) > real.shape[1] else None
+    sums = []
+    if "lpips" in names and len(mine):
+        sums = lpips_sums(c.images[mine], c.lpips, c.device, c.batch_size)
+    # Samples often lie class after class; consecutive splits for IS would each have few classes.
+    shuffled = np.random.default_rng(0).permutation(len(c.images))
+
+    def score(left_out):
+        """Of all samples but a group, see `kept`."""
+        rows = mine[kept(len(mine), left_out)]
+        fake = c.fake if len(rows) == len(c.images) else c.fake[torch.from_numpy(rows)]
+        found = compare(real, fake, names, clusters, known, real_moments)
+        if c.seen is not None and c.labels is not None and len(rows):
+            found["recognised"] = float((c.seen == c.labels)[rows].mean())
+        if "copies" in names and len(rows):
+            found["copies"] = float(c.copied[rows].mean())
+        if "colours" in names and len(classes) == 1 and len(rows) > 2:
+            found["odd_colours"] = int(odd_colours(c.images[rows]).sum())
+        if "lpips" in names and len(rows) >= 2:
+            of_groups = [group for g, group in enumerate(sums) if g != left_out]
+            found["lpips"] = lpips_of(of_groups, c.lpips)
+        if everything and "is" in names:
+            order = shuffled[np.isin(shuffled, rows)]
+            mean, deviation = inception_score(c.probabilities[order], min(10, len(rows)))
+            found |= {"inception_score": mean, "inception_score_std": deviation}
+        if everything and c.seen is not None:
+            found["kl_to_uniform"] = kl_to_uniform(c.seen[rows], K)
+        return found
+
+    row["samples"] = len(mine)
+    row |= with_errors(score, len(mine)) if c.errors else score(None)
+    others = np.flatnonzero(np.isin(c.floor_labels, classes))
+    if len(others):
+        found = compare(real, c.floor[torch.from_numpy(others)], names, clusters, known, real_moments)
+        row |= {f"{field}_floor": x for field, x in found.items()} | {"floor_images": len(others)}
+    if "copies" in names:
+        row["copies_floor"] = OFTEN_NEARER
+    return row
+
+
 def evaluate(images, labels, dataset, data_dir="data", features=None, reference="reference", rho=None,
              image_size=None, device="cpu", batch_size=100, seen=None, scores=DEFAULT_SCORES, errors=True,
              imbalance="exp"):
@@ -1074,17 +1155,14 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                              image, [sample, training image, distance]
     raises      InputError
     """
-    if isinstance(dataset, datasets.ImageSet):
-        load = None
-        real = train = dataset
-        name = "other images"
-    else:
+    load, real, name = None, dataset, "other images"
+    if not isinstance(dataset, datasets.ImageSet):
         if rho is None and dataset in datasets.LONG_TAILED:
             rho = datasets.DEFAULT_RHO
         load = functools.partial(datasets.load, dataset, data_dir, image_size=image_size, rho=rho,
                                  imbalance=imbalance)
-        real, train = load(reference), load("train")
-        name = dataset
+        real, name = load(reference), dataset
+    train = load("train") if load else real
     K, size = len(real.classes), real.images.shape[-1]
     if images.shape[1:] != real.images.shape[1:]:
         raise InputError(f"samples are {images.shape[-2]} x {images.shape[-1]} pixels and {name} "
@@ -1092,15 +1170,16 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     if labels is not None and not 0 <= labels.min() <= labels.max() < K:
         found = f"{labels.min()} to {labels.max()}"
         raise InputError(f"labels go from {found}; {name} has the classes 0 to {K - 1}")
-    wanted, left_out = chosen_scores(scores), []
+
+    # What can't be had is left out, unless it was asked for by name.
+    wanted, left_out, lpips = chosen_scores(scores), [], None
 
     def leave_out(score, why):
-        if score in scores:  # asked for by name
+        if score in scores:
             raise InputError(why)
         left_out.append(why)
         wanted.remove(score)
 
-    lpips = None
     if "lpips" in wanted:
         try:
             if size < LPIPS_SMALLEST:
@@ -1122,21 +1201,21 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
 
     fake_features, probabilities = extract_features(images, network, device, batch_size)
     floor_split, floor = other_split(load, [real], ("test", "reference", "train")) if load else (None, None)
-    if floor:
-        floor_features = features_of(floor_split, floor)
+    floor_features = features_of(floor_split, floor) if floor else None
     if "copies" in wanted:
         apart_features, train_features = features_of(apart_split, apart), features_of("train", train)
     if datasets.RANK:
         return None
+
+    # What is known of each image.
+    pairs_on = device if torch.device(device).type == "cuda" else "cpu"  # MPS has no float64
+    real_features = torch.from_numpy(real_features).to(pairs_on)
+    y = None if labels is None else labels.numpy()
     if seen is not None:
         seen = check_labels(seen, images, "seen")
     elif network.info:
         seen = probabilities.argmax(1)
-    pairs_on = device if torch.device(device).type == "cuda" else "cpu"  # MPS has no float64
-    real_features = torch.from_numpy(real_features).to(pairs_on)
-    fake_features = torch.from_numpy(fake_features).to(pairs_on)
-    y = None if labels is None else labels.numpy()
-    radii = {}
+    radii, copied, floor_labels = {}, None, np.array([], int)
     if {"pr", "dc"} & set(wanted):
         parts = {"all": np.zeros(len(real.labels), int), "class": real.labels.numpy()}
         path = reference_file(real, reference_key(dataset, reference, rho, imbalance), network, data_dir)
@@ -1144,69 +1223,25 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
     if "copies" in wanted:
         copied, nearest_train, distance = copies(fake_features, y, train_features, apart_features,
                                                  apart.labels.numpy(), K)  # fmt: skip
-    # Of the floor's images as many of each class as there are samples, if there are so many.
-    floor_rows = np.array([], int)
-    if floor:
+    if floor:  # as many of each class as there are samples, if there are so many
         wished = [(y == k).sum() if y is not None else len(images) // K for k in range(K)]
-        floor_rows = np.concatenate([np.flatnonzero(floor.labels == k)[:n] for k, n in enumerate(wished)])
+        rows = np.concatenate([np.flatnonzero(floor.labels == k)[:n] for k, n in enumerate(wished)])
+        floor_labels = floor.labels.numpy()[rows]
+        floor_features = torch.from_numpy(floor_features[rows]).to(pairs_on)
     fields = ["fd", *(field for name in wanted for field in SCORES[name] if field != "fd")]
-    # Samples often lie class after class; consecutive splits for IS would each have few classes.
-    shuffled = np.random.default_rng(0).permutation(len(images))
+    c = Compared(images, y, seen, probabilities, torch.from_numpy(fake_features).to(pairs_on), real_features,
+                 real.labels.numpy(), radii, floor_features, floor_labels, copied, lpips, K, device,
+                 batch_size, errors, fields)  # fmt: skip
 
-    def score(classes, names, radii=None):
-        """The samples made for these classes, against the real images of them; radii (N,) of the latter."""
-        row = dict.fromkeys(("samples", *fields, "recognised", "seen_share", *HUES))
-        if seen is not None:
-            row["seen_share"] = float(np.isin(seen, classes).mean())
-        if (labels is None and len(classes) < K) or not len(classes):  # no labels; the tail of two classes
-            return row
-        mine = np.arange(len(images)) if labels is None else np.flatnonzero(np.isin(y, classes))
-        theirs = np.isin(real.labels, classes)
-        # All rows are not copied: 50,000 x 2,048 are 400 MB.
-        a = real_features if theirs.all() else real_features[torch.from_numpy(theirs)]
-        known = None if radii is None else radii[theirs]
-        clusters = CLUSTERS * len(classes)
-        moments_of_a = moments(a.cpu().numpy()) if "fid" in names and len(a) > a.shape[1] else None
-        sums = lpips_sums(images[mine], lpips, device, batch_size) if "lpips" in names and len(mine) else []
-
-        def of(left_out):
-            rows = mine[kept(len(mine), left_out)]
-            b = fake_features if len(rows) == len(images) else fake_features[torch.from_numpy(rows)]
-            found = compare(a, b, names, clusters, known, moments_of_a)
-            if seen is not None and labels is not None and len(rows):
-                found["recognised"] = float((seen == y)[rows].mean())
-            if "copies" in names and len(rows):
-                found["copies"] = float(copied[rows].mean())
-            if "colours" in names and len(classes) == 1 and len(rows) > 2:
-                found["odd_colours"] = int(odd_colours(images[rows]).sum())
-            if "lpips" in names and len(rows) >= 2:
-                found["lpips"] = lpips_of(sums[:left_out] + sums[left_out + 1 :] if left_out is not None
-                                          else sums, lpips)  # fmt: skip
-            if len(classes) == K and "is" in wanted:
-                order = shuffled if left_out is None else shuffled[np.isin(shuffled, rows)]
-                mean, deviation = inception_score(probabilities[order], min(10, len(rows)))
-                found |= {"inception_score": mean, "inception_score_std": deviation}
-            if len(classes) == K and seen is not None:
-                found["kl_to_uniform"] = kl_to_uniform(seen[rows], K)
-            return found
-
-        row["samples"] = len(mine)
-        row |= with_errors(of, len(mine)) if errors else of(None)
-        rows = floor_rows[np.isin(floor.labels[floor_rows], classes)] if floor else []
-        if len(rows):
-            found = compare(a, torch.from_numpy(floor_features[rows]).to(pairs_on), names, clusters, known,
-                            moments_of_a)  # fmt: skip
-            row |= {f"{field}_floor": x for field, x in found.items()} | {"floor_images": len(rows)}
-        if "copies" in names:
-            row["copies_floor"] = OFTEN_NEARER
-        return row
-
-    thirds, per_class = datasets.thirds(train.counts), []
-    result = {"all": score(range(K), wanted, radii.get("all"))}
-    result |= {name: score(classes, [n for n in wanted if n == "fid"]) for name, classes in thirds.items()}
+    # The rows: all samples, thirds of the classes, each class; then the means within classes.
+    result = {"all": score_classes(c, range(K), wanted, "all")}
+    thirds = datasets.thirds(train.counts)
+    for group, classes in thirds.items():
+        result[group] = score_classes(c, classes, [score for score in wanted if score == "fid"])
+    per_class = []
     for k, name in enumerate(tqdm(real.classes, "classes", leave=False, dynamic_ncols=True)):
         row = {"class": k, "name": name, "train_images": int(train.counts[k])}
-        row |= score([k], wanted, radii.get("class"))
+        row |= score_classes(c, [k], wanted, "class")
         row["seen"] = None if seen is None else int((seen == k).sum())
         if load and dataset.startswith("shapes") and row["samples"]:
             row["effective_hues"] = effective_hues(images[labels == k])
@@ -1217,17 +1252,7 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
             row["nearest"] = [[int(i), int(nearest_train[i]), float(distance[i])] for i in first]
         per_class.append(row)
     for group, classes in {"all": range(K), **thirds}.items():
-        rows = [per_class[k] for k in classes]
-        for field in fields:
-            keys = f"intra_{field}", f"intra_{field}_std", f"intra_{field}_error", f"intra_{field}_classes"
-            result[group] |= zip(keys, mean_with_error(rows, field), strict=True)
-            floors = [row[f"{field}_floor"] for row in rows if row.get(f"{field}_floor") is not None]
-            result[group][f"intra_{field}_floor"] = float(np.mean(floors)) if floors else None
-        if "colours" in wanted:
-            found = [row["odd_colours"] for row in rows if row["odd_colours"] is not None]
-            result[group]["odd_colours"] = sum(found) if found else None
-        for name in HUES:
-            result[group][name] = mean_with_error(rows, name)[0]
+        result[group] |= within_classes([per_class[k] for k in classes], fields, wanted)
     result["all"].setdefault("kl_to_uniform", None)
     accuracy = network.info and network.info["test_accuracy"]["all"]
     protocol = {"dataset": name_of(dataset), "image_size": size, "rho": rho, "imbalance": imbalance,
@@ -1236,6 +1261,20 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                 "labels": labels is not None, "floor": floor_split,
                 "classifier_accuracy": accuracy} | ({"left_out": left_out} if left_out else {})  # fmt: skip
     return {"protocol": protocol, **result, "per_class": per_class}
+
+
+def within_classes(rows, fields, wanted):
+    """intra_fd ...: what the rows of several classes give a row of their group, a dict."""
+    found = {}
+    for field in fields:
+        keys = f"intra_{field}", f"intra_{field}_std", f"intra_{field}_error", f"intra_{field}_classes"
+        found |= zip(keys, mean_with_error(rows, field), strict=True)
+        floors = [row[f"{field}_floor"] for row in rows if row.get(f"{field}_floor") is not None]
+        found[f"intra_{field}_floor"] = float(np.mean(floors)) if floors else None
+    if "colours" in wanted:
+        counts = [row["odd_colours"] for row in rows if row["odd_colours"] is not None]
+        found["odd_colours"] = sum(counts) if counts else None
+    return found | {name: mean_with_error(rows, name)[0] for name in HUES}
 
 
 def score_run(where, images, labels, args, device, seen=None, protocol=None, totals=None, per_class=None):
