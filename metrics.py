@@ -1428,8 +1428,9 @@ def class_shares(seen, classes, order):
 
 
 def beside(where, name):
-    """<where>/<name> if `where` is a directory, else <where>-<name>."""
-    return Path(where) / name if Path(where).is_dir() else Path(f"{where}-{name}")
+    """<where>/<name> in a directory; for a file of samples <file without .npz>-<name>."""
+    where = Path(where)
+    return where / name if where.is_dir() else where.with_name(f"{where.stem}-{name}")
 
 
 def write_scores(result, where):
@@ -1728,16 +1729,20 @@ def main():
                           args.imbalance)  # fmt: skip
         print(f"{path}: " * (len(args.samples) > 1) + format_table(result, args.per_class))
         results[str(path)] = result
-        out = args.out or path.with_suffix("")
+        out = args.out or path
         if path.is_dir() and not args.out:  # not among the samples
             out = path.with_name(f"{path.name}-scores")
             out.mkdir(exist_ok=True)
         first_out = first_out or out
         print("wrote", *write_scores(result, out))
-        if labels is not None and args.report:
-            rows = datasets.grid_classes(torch.tensor([row["train_images"] for row in result["per_class"]]))
-            pictures[f"{path}: samples, from head to tail"] = beside(out, "grid.png")
-            datasets.write_grid(beside(out, "grid.png"), datasets.rows_of(images, labels, rows))
+        if args.report:
+            shown = images[np.linspace(0, len(images) - 1, 100).astype(int)]
+            if labels is not None:
+                counts = torch.tensor([row["train_images"] for row in result["per_class"]])
+                shown = datasets.rows_of(images, labels, datasets.grid_classes(counts))
+            order = "" if labels is None else ", from head to tail"
+            pictures[f"{path}: samples{order}"] = beside(out, "grid.png")
+            datasets.write_grid(beside(out, "grid.png"), shown)
         if labels is not None and (args.nearest or args.report) and "copies" in chosen_scores(args.scores):
             pictures[f"{path}: samples, each beside the nearest training image"] = beside(out, "nearest.png")
             with atomic_write(beside(out, "nearest.png")) as file:

@@ -1222,8 +1222,11 @@ def test_a_page_that_needs_nothing_else(data_dir, samples, tmp_path, monkeypatch
     assert "of each class against good.npz" in page
 
     datasets.save_samples(tmp_path / "unlabelled.npz", images)  # an unconditional GAN's
+    (tmp_path / "unlabelled").mkdir()  # as a run has samples.npz and samples/
     command(monkeypatch, tmp_path, "unlabelled.npz", *flags)
-    assert "The samples have no labels" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "The samples have no labels" in page and page.count("src='data:image/png;base64,") == 1
+    assert (tmp_path / "unlabelled-metrics.json").exists() and not list((tmp_path / "unlabelled").iterdir())
 
     command(monkeypatch, tmp_path, "good.npz", "--against", "bad", "--features",
             f"classifier:{data_dir}/classifier-shapes-{SIZE}.pt")  # fmt: skip
