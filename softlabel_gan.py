@@ -18,7 +18,7 @@ training loop does not run as released; CHOICE marks what none of them says.
     python softlabel_gan.py --dataset cifar10imb --labels smooth   # Smooth-GAN; mixup, ols, cotrain
     python softlabel_gan.py --dataset cifar10imb --conditioning adc   # ADC-GAN, P's Table 6
     python softlabel_gan.py --dataset folder:PATH --image-size 64  # your own images
-README.md has the other rows of the tables, --recipe paper for large images, and --export.
+.results/tables.md has every row of the tables, README.md --export.
 
 `--classifier runs/.../classifier.pt` takes a checkpoint of `classifier.py --soft-labels`. Without
 it one is trained first, the same for each --seed; its labels are kept in the run directory, in
@@ -134,7 +134,8 @@ def parse_settings(argv=None):
     """The command line as a namespace; what is not given comes from the table of the resolution."""
     first = datasets.first_flags(argv)
     dataset = first.dataset or "cifar10imb"
-    size = first.image_size or (16 if dataset.startswith("shapes") else 32)
+    usual = 16 if dataset.startswith("shapes") else 32
+    size = first.image_size or usual
     if size not in RECIPES:
         fail(f"--image-size is {size}; it must be {', '.join(map(str, RECIPES))}")
     recipe = "folder" if dataset.startswith("folder:") else "paper"
@@ -146,6 +147,7 @@ def parse_settings(argv=None):
         defaults |= datasets.folder_settings(first, 32, epochs=4_950, low=5_000, high=124_000)
     if dataset in datasets.LONG_TAILED:
         defaults["rho"] = SHAPES_RHO if dataset == "shapeslt" else datasets.DEFAULT_RHO
+    defaults["image_size"] = usual  # any other is given, and so in the name of the run directory
 
     parser = datasets.settings_parser(f"Softlabel-GAN; defaults: those at {size} pixels")
     add = parser.add_argument_group("method").add_argument

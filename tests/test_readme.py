@@ -1,7 +1,13 @@
-"""README.md: its ablations are applied and run, the files it names exist, its commands are understood."""
+"""README.md: its ablations are applied and run, the files it names exist, its commands are understood.
+.results/tables.md: its commands are understood, find what those before them wrote, and train."""
 
+import functools
+import json
+import math
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, edited
@@ -10,6 +16,7 @@ import cbdm
 import cbgan
 import classifier
 import datasets
+import metrics
 import softlabel_gan
 
 README = (ROOT / "README.md").read_text()
@@ -80,6 +87,129 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         SCRIPTS[words[0]].parse_settings(words[1:])
     except datasets.InputError as error:
         assert "no file" in str(error) or "classifier" in str(error), error
+
+
+# --------------------------------------------------------------------------------------------------
+# .results/tables.md: the rows of the papers' tables
+# --------------------------------------------------------------------------------------------------
+PAGE = (ROOT / ".results/tables.md").read_text()
+LISTED = [shlex.split(command)[1:] for command in dict.fromkeys(re.findall(r"`(python [^`]+)`", PAGE))]
+WRITTEN = {  # what others read of a run
+    "cbdm.py": ("checkpoint.pt", "samples.npz"),
+    "cbgan.py": ("samples.npz",),
+    "softlabel_gan.py": ("samples.npz", "soft_labels.npz"),
+    "classifier.py": ("classifier.pt",),
+}
+
+
+@pytest.fixture
+def any_file(monkeypatch):
+    """Files that a command names count as there."""
+    for module in (datasets, cbgan):
+        monkeypatch.setattr(module, "existing_file", str)
+
+
+def settings_of(script, *flags):
+    """What a command's own parser makes of it; of classifier.py also what the data decides."""
+    args = SCRIPTS[script].parse_settings(flags)
+    if script == "classifier.py":
+        usual = next(size for name, size in datasets.SIZES.items() if args.dataset.startswith(name))
+        classifier.complete(args, 100_000, args.image_size or usual)
+    return args
+
+
+def test_every_row_has_five_cells_and_a_command_or_a_reason():
+    rows = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row[0] != "row" and "---" not in row[0]]
+    assert len(rows) > 200
+    for row in rows:
+        assert len(row) in (4, 5) and re.search(r"`python|Table|quoted|no command|samples|csv|jsonl", row[1]), row
+        hours = row[4] if len(row) == 5 else ""
+        assert ("`python" in row[1]) == bool(re.fullmatch(r"<?\d+(\.\d+)?", hours)), row
+
+
+def test_the_rows_are_understood_and_find_what_they_need(any_file, tmp_path, monkeypatch):
+    """From top to bottom: what a command reads one before it has written, and no two share a directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: True)  # matplotlib is optional
+    written, trained = set(), {}
+    for script, *flags in LISTED:
+        command = shlex.join([script, *flags])
+        read = {word for word in flags if re.match("runs/.*/", word)}
+        assert read <= written, (command, read - written)
+        if script == "metrics.py":
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            assert datasets_has(metrics.parse_args().dataset), command
+        elif script == "datasets.py":
+            assert datasets_has(flags[0]) and set(flags[1::2]) <= {"--image-size"}, command
+        else:
+            args = settings_of(script, *flags)
+            assert datasets_has(args.dataset), command
+            if getattr(args, "eval_only", False):
+                assert args.run_dir in trained, command
+            else:
+                assert args.run_dir not in trained, (command, trained[args.run_dir])
+                trained[args.run_dir] = command
+                written |= {f"{args.run_dir}/{name}" for name in WRITTEN[script]}
+    assert len(trained) > 100
+
+
+def datasets_has(name):
+    return name in datasets.NAMES or name.startswith("folder:")
+
+
+TINY = "--dataset shapeslt --image-size 16 --rho 26.5 --batch-size 8 --steps 2 --save-every 2 --eval-images 0 " \
+    "--sample-every 0 --device cpu --amp off".split()
+TINIER = {
+    "cbdm.py": "--channels 8 --multipliers 1 1 --attention-level 1 --blocks 1 --warmup 0 --ddim-steps 2",
+    "cbgan.py": "--width 8 --discriminator-width 8 --cycle 1 --monitor-every 0",
+    "softlabel_gan.py": "--width 4 --discriminator-width 4",
+}
+
+
+def test_each_kind_of_row_trains(any_file, judges, tmp_path, monkeypatch):
+    """Two steps of each GAN and diffusion model, narrow and on the shapes: the losses logged are finite.
+
+    Rows that differ by numbers or data alone (but for zeros: --tau 0) are one kind. Files that a row reads are
+    those of the tiny run of the row that writes them.
+    """
+    monkeypatch.setattr(datasets, "load", functools.cache(datasets.load))  # drawn once, not for each kind
+    tiny, kinds, drawn = {}, {}, 0
+
+    def stand_in(word):
+        """The file of a tiny run for a file that the page names."""
+        if Path(word).name == "classifier.pt":
+            return judges.loop
+        run_dir, _, name = word.rpartition("/")
+        return str(tiny[run_dir] / name) if run_dir in tiny else word
+
+    for script, *flags in LISTED:
+        if script not in TINIER:
+            continue
+        args = settings_of(script, *flags)
+        here = list(map(stand_in, flags)) + TINY + TINIER[script].split()
+        here += [] if script == "softlabel_gan.py" else ["--recipe", args.recipe]  # not the shapes' recipe
+        if script == "cbgan.py" or args.__dict__.get("labels") in ("soft", "ols"):
+            here += ["--classifier", judges.loop]
+        if args.eval_only:
+            if getattr(args, "class_grid", None):
+                grid = ["--class-grid", "star", "--run-dir", str(tiny[args.run_dir])]
+                SCRIPTS[script].main([*here, "--eval-images", "1", "--sampler", "ddim", *grid])
+                drawn += (tiny[args.run_dir] / "samples" / "class-1.png").exists()
+            continue
+        settings = vars(SCRIPTS[script].parse_settings(here)).items()
+        numbers = {name: value for name, value in settings if isinstance(value, int | float)}
+        kind = script, json.dumps(
+            {name: bool(value) if name in numbers else value for name, value in settings
+             if name not in ("run_dir", "recipe", "guidance", "sweep", "scores", "features", "reference")})
+        if kind not in kinds:
+            kinds[kind] = tmp_path / str(len(kinds))
+            SCRIPTS[script].main([*here, "--run-dir", str(kinds[kind])])
+            (row,) = map(json.loads, (kinds[kind] / "log.jsonl").read_text().splitlines())
+            losses = [row[name] for name in row if name.startswith("L_")]
+            assert row["step"] == 2 and len(losses) >= 3 and all(map(math.isfinite, losses)), (kind, row)
+        tiny[args.run_dir] = kinds[kind]
+    assert len(kinds) > 30 and drawn
 
 
 def test_lines_to_try_are_marked():
