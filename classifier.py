@@ -1053,8 +1053,9 @@ def train(args, path=None):
         counted = images_that_count(p).tolist()
     seen = predict(network, test_set.images, device)
     precision, recall = macro_precision_recall(seen, test_set.labels, len(classes))
-    facts |= {"macro_precision": precision, "macro_recall": recall}
-    facts |= {"added": args.add} if args.add else {}
+    facts |= {"macro_precision": precision, "macro_recall": recall}  # CBDM, Table 4
+    if args.add:
+        facts["added"] = args.add
     write_results(args, learnt, test_set, train_counts, tested, best, unseen, facts, counted)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     save_classifier(path, network, args.dataset, args.source, classes, args.image_size, settings,
@@ -1092,9 +1093,9 @@ def write_results(args, learnt, test_set, train_counts, tested, best, unseen, fa
         print("\n".join(metrics.text_table({row["class"]: row for row in rows}, columns)))
     if args.train_on:
         print(f"classifier accuracy score: {100 * shares['all']:.2f} %")
-    learnt_from = "real and generated images: " if args.add else ""
-    print(f"{learnt_from}macro precision {facts['macro_precision']:.4f}, macro recall "
-          f"{facts['macro_recall']:.4f} on {len(test_set.labels)} test images")
+    if args.add:
+        print(f"real and generated images: macro precision {facts['macro_precision']:.4f}, macro recall "
+              f"{facts['macro_recall']:.4f} on {len(test_set.labels)} test images")
 
 
 # --------------------------------------------------------------------------------------------------

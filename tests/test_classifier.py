@@ -614,6 +614,9 @@ def test_what_a_run_says_of_each_class(whole, capsys):
     metrics, log = json.loads((whole / "metrics.json").read_text()), log_of(whole)
     assert metrics["test_accuracy"] == network.info["test_accuracy"] == log[-1]["test_accuracy"]
     tests = [row["test_accuracy"]["all"] for row in log if "test_accuracy" in row]
+    # a balanced test set; in other batches: rounding
+    assert metrics["macro_recall"] == pytest.approx(metrics["test_accuracy"]["all"], abs=0.002)
+    assert 0 < metrics["macro_precision"] != metrics["macro_recall"]
     assert len(tests) == 3 and metrics["best_on_test"] == {
         "all": max(tests),
         "epoch": 1 + tests.index(max(tests)),

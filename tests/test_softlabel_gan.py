@@ -869,6 +869,9 @@ def test_defaults_are_the_papers():
     assert named == "runs/softlabel_gan-cifar10imb-s0"
     named = softlabel_gan.parse_settings(["--labels", "smooth", "--diffaug", "", "--seed", "2"]).run_dir
     assert named == "runs/softlabel_gan-cifar10imb-labelssmooth-diffaug-s2"
+    flowers = [softlabel_gan.parse_settings(["--dataset", "flowers102", "--image-size", size]).run_dir
+               for size in ("64", "128")]  # Tables 3 and 2
+    assert flowers == [f"runs/softlabel_gan-flowers102-imagesize{size}-s0" for size in (64, 128)]
 
 
 @pytest.mark.parametrize("flags", [
