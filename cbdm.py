@@ -1,7 +1,7 @@
 """CBDM: Class-Balancing Diffusion Models (Qin, Zheng, Yao, Zhou, Zhang; CVPR 2023).
 
 A class-conditional diffusion model that has seen five images of a class repeats those five, or
-produces an image of another class. CBDM is the usual DDPM with one more term (Eq. 4). For an image
+produces images of other classes. CBDM is the usual DDPM with one more term (Eq. 4). For an image
 x_t of class y the network is asked a second time, with a random label y', and the two predictions
 are pulled together, more strongly the noisier x_t is. Our intuition: the noisy steps fix
 composition and colour, which classes can share; in the last steps, which tell classes apart, the
@@ -12,11 +12,11 @@ pull is weak.
     python cbdm.py --dataset cifar100lt --tau 0           # the baseline: DDPM with guidance
     python cbdm.py --dataset cifar100lt --tau 0 --resample uniform      # RS; sqrt is RS-SQRT
     python cbdm.py --dataset cifar100lt --label-set sqrt  # Table 2; also bal
-    python cbdm.py --dataset cifar100lt --steps 50000 --init-from BASELINE/checkpoint.pt
-                                                          # Table 2, fine-tuning: 50,000 steps (A)
+    python cbdm.py --dataset cifar100lt --steps 50000 --guidance 2 --init-from BASELINE/checkpoint.pt
+                                                          # Table 2, fine-tuning (A; it has y' uniform)
     python cbdm.py --dataset cifar100lt --augment ada     # Table 1; also diffaug
     python cbdm.py --dataset cifar100lt --prediction edm --augment ada  # Table 5; also --backbone vit
-    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; replaces samples, scores
+    python cbdm.py --dataset cifar100lt --eval-only --sampler ddim      # Table 6; overwrites samples, scores
     python cbdm.py --dataset cifar100lt --eval-only --sampler dpm --ddim-steps 20     # the cheapest; ours
     python cbdm.py --dataset cifar100lt --eval-only --guidance 0 0.8 1.6      # Fig. 6: each is scored
     python cbdm.py --dataset folder:PATH --image-size 64  # your own images, settings that fit them
@@ -126,13 +126,16 @@ RECIPES = {
     ),
 }
 RECIPES["shapes"] = RECIPES["shapeslt"]
-# What comes with a flag. shapeslt keeps its own lengths, rates and guidance.
-ADA = dict(flip=False)  # ADA mirrors by itself, and says so
-EDM = dict(sampler="heun", ddim_steps=18)  # Karras et al. 2022
-LENGTHS = {
+# What a flag changes, and what it changes on CIFAR*-LT, whose lengths these are, besides.
+WITH = {
+    "ada": dict(flip=False),  # ADA mirrors by itself, and says so
+    "edm": dict(sampler="heun", ddim_steps=18),  # Karras et al. 2022
+    "vit": dict(dropout=0.0),  # as all below: sndnyang/Diffusion_ViT, 500 epochs, ten of them warm-up
+}
+LT = ("cifar100lt", "cifar10lt")
+WITH_ON_LT = {
     "ada": dict(steps=500_000, guidance=1.4),  # A, README
     "edm": dict(guidance=0.0),  # CHOICE: as Karras et al.; P does not say
-    # sndnyang/Diffusion_ViT: 500 epochs, ten of them warm-up.
     "vit": dict(noise_schedule="cosine", clip_x0=True, batch_size=128, steps=42_400, lr=1e-3, warmup=850,
                 lr_schedule="cosine", ema=0.999),
 }
@@ -158,12 +161,10 @@ def parse_settings(argv=None):
         defaults |= dict(multipliers=[max(1, 4 >> i) for i in reversed(range(levels))],
                          attention_level=max(0, levels - 2))
         defaults |= datasets.folder_settings(first, 32, epochs=1_330, low=10_000, high=300_000)
-    if first.tau == 0 and dataset == "cifar100lt":
-        defaults["guidance"] = 0.8  # A, README: the best of the baseline; P tunes omega for each model
-    defaults |= (ADA if first.augment == "ada" else {}) | (EDM if first.prediction == "edm" else {})
-    if RECIPES.get(name) is not RECIPES["shapeslt"]:
-        for flag in (first.augment, first.prediction, first.backbone):
-            defaults |= LENGTHS.get(flag, {})
+    for flag in (first.augment, first.prediction, first.backbone):
+        defaults |= WITH.get(flag, {}) | (WITH_ON_LT.get(flag, {}) if name in LT else {})
+    if first.tau == 0 and dataset == "cifar100lt" and first.prediction != "edm":
+        defaults["guidance"] = 0.8  # A, README, for the baseline; P tunes omega for each model
     if dataset in datasets.LONG_TAILED:
         defaults["rho"] = datasets.DEFAULT_RHO  # P: 100
 
@@ -181,8 +182,8 @@ def parse_settings(argv=None):
         help="class distribution of the training images; with --tau 0 uniform is RS, sqrt RS-SQRT (Table 1)")
     add("--augment", choices=("none", "diffaug", "ada"), default="none", help="of training images, Table 1")
     add("--soft-labels", metavar="NPZ", type=datasets.existing_file,
-        help="soft_labels.npz of a run of softlabel_gan.py: an image is told the mean of the classes' "
-        "embeddings (Softlabel-GAN, Table 7)")
+        help="soft_labels.npz of a run of softlabel_gan.py: an image has the mean of the classes' "
+        "embeddings; with --tau 0 Table 7 of that paper")
     add("--prediction", choices=("eps", "v", "edm"),
         help="what the network predicts; v: ours, for short runs; edm: Table 5")
     add("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1; edm has its own")
@@ -218,6 +219,8 @@ def parse_settings(argv=None):
         fail("--class-grid draws from a run that is trained: add --eval-only")
     if args.backbone == "vit" and args.image_size % PATCHES:
         fail(f"--image-size {args.image_size}: a ViT needs a multiple of {PATCHES}")
+    if args.beside and not args.class_grid:
+        fail("--beside is for --class-grid")
     levels = len(args.multipliers)
     if args.attention_level >= levels:
         fail(f"--attention-level {args.attention_level}: {levels} levels are 0 to {levels - 1}")
@@ -246,7 +249,7 @@ def noise_schedule(kind):
     """alpha_bar (T,) float64: the share of the variance of x_t that is still signal.
 
     "linear": beta_t from 1e-4 to 0.02, P §4.1; alpha_bar falls from 0.9999 to 0.00004.
-    "cosine": Nichol & Dhariwal 2021, Eq. 17, for the shapes data. CHOICE: the linear one leaves
+    "cosine": Nichol & Dhariwal 2021, Eq. 17, where images are small. CHOICE: the linear one leaves
     small images as pure noise for many of its steps.
     """
     if kind == "linear":
@@ -281,11 +284,6 @@ def velocity(x_0, t, eps, alpha_bar):
     """
     signal, noise = coefficients(t, alpha_bar, x_0)
     return signal * eps - noise * x_0
-
-
-def eps_of_velocity(v, x_t, t, alpha_bar):
-    """The noise that belongs to a predicted velocity. t: int."""
-    return (1 - alpha_bar[t]).sqrt().item() * x_t + alpha_bar[t].sqrt().item() * v
 
 
 def ddpm_loss(h, target, absolute=False):
@@ -336,7 +334,7 @@ def guided(eps_y, eps_none, omega):
 # Networks
 # --------------------------------------------------------------------------------------------------
 class Conditional(nn.Module):
-    """A network that is told t, y and, with ADA, what was done to the image: all added up, (B, width)."""
+    """A network that is told t, y and, with ADA, how the image was augmented: embeddings, summed."""
 
     def __init__(self, num_classes, channels, width, ada):
         super().__init__()
@@ -344,15 +342,15 @@ class Conditional(nn.Module):
         self.register_buffer("frequencies", f, persistent=False)
         self.time = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(num_classes, width)
-        self.told = nn.Linear(datasets.ADA_CONDITIONS, width, bias=False) if ada else None
+        self.augmented = nn.Linear(datasets.ADA_CONDITIONS, width, bias=False) if ada else None
 
     def waves(self, t):
         """sin(t f_0), cos(t f_0), sin(t f_1), ... with f_i = 10000^(-2i / channels): (B, channels)."""
         angle = t[:, None] * self.frequencies
         return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
-    def embedding(self, t, y, told):
-        """t (B,); y (B,) classes or NO_LABEL, or (B, K) soft labels, rows of 0: none; told (B, 9) or None."""
+    def embedding(self, t, y, augmented):
+        """t (B,); y (B,) classes or NO_LABEL, or (B, K) soft labels, 0: none; augmented (B, 9) or None."""
         # Without a label nothing is added: the table has no row for "none".
         if y.is_floating_point():  # the mean of the embeddings
             with torch.autocast(y.device.type, enabled=False):
@@ -360,7 +358,7 @@ class Conditional(nn.Module):
         else:
             label = self.label(y.clamp(min=0)) * (y != NO_LABEL)[:, None]
         total = self.time(self.waves(t)) + label
-        return total if told is None else total + self.told(told)
+        return total if augmented is None else total + self.augmented(augmented)
 
 
 # The U-Net of DDPM (Ho et al. 2020) with a label embedding. At the paper's size 35,797,507
@@ -451,13 +449,13 @@ class UNet(Conditional):
         attentions = [m for m in self.modules() if isinstance(m, SelfAttention)]
         near_zero = {self.tail[2], *(m.conv2 for m in blocks), *(m.out for m in attentions)}
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.told:
+            if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.augmented:
                 gain = 1e-5 if module in near_zero else 1.0
                 nn.init.xavier_uniform_(module.weight, gain)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x, t, y, told=None):
-        embedding = F.silu(self.embedding(t, y, told))
+    def forward(self, x, t, y, augmented=None):
+        embedding = F.silu(self.embedding(t, y, augmented))
         h = self.head(x)
         skips = [h]
         for layer in self.down:
@@ -474,16 +472,15 @@ class UNet(Conditional):
 
 
 # Diffusion-ViT (GenViT: Yang et al. 2022, sndnyang/Diffusion_ViT), unconditional there; P adds an
-# embedding of the label. At 32 x 32 pixels 11.2 million parameters for 100 classes. It predicts eps, so
-# the regulariser is the U-Net's. Where we differ: no decay of weights, no classifier beside it.
+# embedding of the label. At 32 x 32 pixels 11.2 million parameters for 100 classes. The regulariser is
+# the U-Net's, a squared distance, though L_DM is an absolute one there (`ddpm_loss`). Where we
+# differ: Adam without decay of weights, loss not times 100 (clipping bites less), PyTorch's initial
+# weights and biases of q, k, v, sampling as for the U-Net.
 PATCHES = 8  # a side
 
 
 class TransformerLayer(nn.Module):
-    """(B, tokens, width) -> the same. The embedding scales and shifts each token before attention.
-
-    CHOICE: after its norm, which would undo it.
-    """
+    """(B, tokens, width) -> the same. The embedding scales and shifts each token first."""
 
     def __init__(self, width, tokens, embedding, dropout):
         super().__init__()
@@ -495,7 +492,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x, embedding):
         scale, shift = self.embed(embedding)[:, :, None].chunk(2, dim=1)  # (B, tokens, 1)
-        h = self.norm1(x) * (1 + scale) + shift
+        x = x * (1 + scale) + shift
+        h = self.norm1(x)
         x = x + self.attention(h, h, h, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
@@ -512,11 +510,11 @@ class ViT(Conditional):
         self.place = nn.Parameter(0.02 * torch.randn(1, tokens, width))
         layers = (TransformerLayer(width, tokens, 4 * tokens, dropout) for _ in range(depth))
         self.layers = nn.ModuleList(layers)
-        self.tail = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
+        self.tail = nn.Linear(width, 3 * patch**2)  # without a norm, which would undo the last shifts
         self.to_image = nn.PixelShuffle(patch)
 
-    def forward(self, x, t, y, told=None):
-        embedding = F.silu(self.embedding(t, y, told))
+    def forward(self, x, t, y, augmented=None):
+        embedding = F.silu(self.embedding(t, y, augmented))
         h = self.head(x).flatten(2).transpose(1, 2)  # (B, 64, width)
         h = torch.cat([self.extra.expand(len(x), -1, -1), h], 1) + self.place
         for layer in self.layers:
@@ -536,24 +534,25 @@ def build_network(args, num_classes):
 # --------------------------------------------------------------------------------------------------
 # EDM (--prediction edm, Table 5)
 # --------------------------------------------------------------------------------------------------
-# Karras et al. 2022: what the network sees, answers and learns, and another sampler. P's rows also
-# have EDM's network (56 million parameters), rate (1e-3), batch (512) and length (200 million
-# images), and its augmentation, here --augment ada; ours has the U-Net and settings of all others.
+# Karras et al. 2022: what the network sees, answers and learns, and another sampler, around the U-Net
+# and with the settings of the other runs. EDM itself has another network (56 million parameters),
+# rate (1e-3), batch (512) and length (200 million images), no clipping of gradients, and augments
+# (--augment ada). P "strictly follows" it, whatever that includes.
 SIGMA_DATA = 0.5  # as all numbers here: theirs
 
 
-def edm_levels():
-    """sigma (T,) float64, EDM's noise levels: x_t = x_0 + sigma_t eps.
+def edm_sigma(t):
+    """EDM's noise levels sigma (B,) float64, x_t = x_0 + sigma eps, of t (B,) int64, uniform as ever.
 
-    CHOICE: not drawn from their log-normal distribution, but T of its quantiles, all equally likely.
-    So t is drawn as ever and is the rank of a level: what tau t says in DDPM it says here.
+    ln sigma ~ N(-1.2, 1.2^2), drawn by its quantiles: t is their rank, in thousandths. So tau t weighs
+    the noisier half of the images as it does in DDPM; Karras et al. know no t, and P does not say.
     """
-    rank = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    rank = (t + torch.rand(len(t), dtype=torch.float64)) / T
     return torch.exp(1.2 * torch.special.ndtri(rank) - 1.2)
 
 
 def edm_coefficients(sigma):
-    """c_skip, c_out, c_in of the denoiser D(x) = c_skip x + c_out F(c_in x), F the network (Table 1)."""
+    """c_skip, c_out, c_in of the denoiser D(x) = c_skip x + c_out F(c_in x), F the network."""
     total = sigma**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total**0.5, total**-0.5
 
@@ -561,8 +560,8 @@ def edm_coefficients(sigma):
 def edm_pair(x_0, sigma, eps):
     """What F sees and what it should answer: c_in x_t, and the F for which D(x_t) is x_0.
 
-    EDM's loss weighs || D - x_0 ||^2 with 1 / c_out^2: that is || F - target ||^2. The regulariser,
-    weighed like it, then lies between two answers of F too, as between two eps in DDPM.
+    EDM's loss weighs || D - x_0 ||^2 with 1 / c_out^2: that is || F - target ||^2. With the same
+    weight the regulariser is the distance between two answers of F, as between two eps in DDPM.
     """
     skip, out, scale = edm_coefficients(sigma)
     x_t = x_0 + sigma * eps
@@ -570,7 +569,7 @@ def edm_pair(x_0, sigma, eps):
 
 
 def heun(denoised, x, steps):
-    """EDM's sampler (Karras et al. 2022, Alg. 1 without its noise): the image from x at sigma = 80.
+    """EDM's sampler (their Alg. 1): the image from x at sigma = 80.
 
     denoised(x, sigma): D. In sigma the ODE is dx / dsigma = (x - D) / sigma. Each step goes down to
     the next level as Euler would, and once more with the mean of the slopes at both ends: second
@@ -590,15 +589,16 @@ def heun(denoised, x, steps):
 # --------------------------------------------------------------------------------------------------
 # Sampling
 # --------------------------------------------------------------------------------------------------
-def predict_x_0(x_t, eps_hat, t, clip, alpha_bar):
-    """The image in x_t if eps_hat is its noise: the forward process solved for x_0. t: int."""
-    a = alpha_bar[t]
-    x_0 = (x_t - (1 - a).sqrt().item() * eps_hat) / a.sqrt().item()
+def predict_x_0(x_t, h, t, prediction, clip, alpha_bar):
+    """The image in x_t if h is its noise ("eps"), or its velocity ("v"). t: int."""
+    a = alpha_bar[t].item()
+    x_0 = (x_t - (1 - a) ** 0.5 * h) / a**0.5 if prediction == "eps" else a**0.5 * x_t - (1 - a) ** 0.5 * h
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def ancestral_step(x_t, eps_hat, t, z, clip, alpha_bar):
-    """x_{t-1} ~ N(mean of q(x_{t-1} | x_t, predicted x_0), beta_t I). Ho et al. 2020, Alg. 2.
+# Each step takes x_t and the image x_0 predicted in it, and gives x at a smaller t.
+def ancestral_step(x_t, x_0, t, z, alpha_bar):
+    """x_{t-1} ~ N(mean of q(x_{t-1} | x_t, x_0), beta_t I). Ho et al. 2020, Alg. 2.
 
     z: standard normal. The variance is beta_t ("fixed large"), as in A; the posterior's own would
     be smaller. The last step adds no noise.
@@ -606,18 +606,15 @@ def ancestral_step(x_t, eps_hat, t, z, clip, alpha_bar):
     a = alpha_bar[t].item()
     a_prev = alpha_bar[t - 1].item() if t > 0 else 1.0
     alpha = a / a_prev  # 1 - beta_t
-    x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
     mean = (a_prev**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - a_prev) * x_t) / (1 - a)
     return mean + (1 - alpha) ** 0.5 * z if t > 0 else mean
 
 
-def ddim_step(x_t, eps_hat, t, t_prev, clip, alpha_bar):
-    """x at t_prev < t (-1: the image) from x_t. DDIM with eta = 0: Song et al. 2021, Eq. 12."""
+def ddim_step(x_t, x_0, t, t_prev, alpha_bar):
+    """x at t_prev < t (-1: the image). DDIM with eta = 0: Song et al. 2021, Eq. 12."""
     a = alpha_bar[t].item()
     a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
-    x_0 = predict_x_0(x_t, eps_hat, t, clip, alpha_bar)
-    if clip:
-        eps_hat = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5  # the noise of the clipped image
+    eps_hat = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5
     return a_prev**0.5 * x_0 + (1 - a_prev) ** 0.5 * eps_hat
 
 
@@ -627,12 +624,12 @@ def log_snr(alpha_bar):
 
 
 def dpm_step(x_t, x_0, before, t, t_prev, alpha_bar):
-    """x at t_prev < t (-1: the image) from x_t. DPM-Solver++(2M): Lu et al. 2022b, Alg. 2.
+    """x at t_prev < t (-1: the image). DPM-Solver++(2M): Lu et al. 2022b, Alg. 2.
 
-    x_0: the image predicted now; before: (t, x_0) of the step before, or None. In lambda the ODE of
-    sampling is linear in x_t but for the predicted image. DDIM takes that for constant over a step;
-    here it moves on as it did over the step before, so the error falls with the square of the
-    steps. The last step is DDIM's, for at the image lambda is infinite.
+    before: (t, x_0) of the step before, or None. In lambda the ODE of sampling is linear in x_t but
+    for the predicted image. DDIM takes that for constant over a step; here it is extrapolated from
+    the step before, so the error falls with the square of the steps. The last step is DDIM's, for
+    at the image lambda is infinite.
     """
     if t_prev < 0:
         return x_0
@@ -697,15 +694,13 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
         return datasets.to_uint8(heun(denoised, 80 * noise(shape), args.ddim_steps))
     x, before = noise(shape), None
     for t, t_prev in pairwise([*times, -1]):
-        h = ask(x, t)
-        eps_hat = h if args.prediction == "eps" else eps_of_velocity(h, x, t, alpha_bar)
+        x_0 = predict_x_0(x, ask(x, t), t, args.prediction, args.clip_x0, alpha_bar)
         if sampler == "ddim":
-            x = ddim_step(x, eps_hat, t, t_prev, args.clip_x0, alpha_bar)
+            x = ddim_step(x, x_0, t, t_prev, alpha_bar)
         elif sampler == "dpm":
-            x_0 = predict_x_0(x, eps_hat, t, args.clip_x0, alpha_bar)
             x, before = dpm_step(x, x_0, before, t, t_prev, alpha_bar), (t, x_0)
         else:
-            x = ancestral_step(x, eps_hat, t, noise(shape), args.clip_x0, alpha_bar)
+            x = ancestral_step(x, x_0, t, noise(shape), alpha_bar)
     return datasets.to_uint8(x)
 
 
@@ -743,7 +738,7 @@ def draw_class_grid(model, classes, args, amp):
     y, rows = torch.full((4,), k), []
     for checkpoint in [None, *args.beside]:
         if checkpoint:
-            load_initial_weights(model, checkpoint, args, "--beside")
+            load_weights(model, checkpoint, args, "--beside")
         for omega in args.sweep:
             settings = argparse.Namespace(**vars(args) | {"guidance": omega})
             rows.append(sample(model, y, settings, amp, args.seed, args.sampler))
@@ -820,7 +815,7 @@ def about_sampling(args, step_seconds, training_seconds):
     call = step_seconds / (3 * labels * args.batch_size)  # seconds of an image
     call *= 1 if args.guidance == 0 else 2
     calls = T if args.sampler == "ancestral" else args.ddim_steps * (2 if args.sampler == "heun" else 1)
-    seconds = args.eval_images * calls * call
+    seconds = args.eval_images * len(args.sweep) * calls * call
     text = f"; {args.eval_images:,} samples then take about {datasets.duration(seconds)}"
     if seconds > training_seconds and args.sampler == "ancestral":
         cheaper = datasets.duration(seconds / calls * 20)
@@ -828,17 +823,17 @@ def about_sampling(args, step_seconds, training_seconds):
     return text
 
 
-def load_initial_weights(model, path, args, flag):
-    """--init-from, --beside: another run's averaged weights (Table 2)."""
+def load_weights(model, path, args, flag):
+    """--init-from, --beside: another run's averaged weights."""
     source = datasets.load_checkpoint(path)
     if "label.weight" not in source.get("ema", {}):
         fail(f"{flag} {path}: not a checkpoint of cbdm.py")
-    for name in ("prediction", "noise_schedule"):
-        if source["settings"][name] != getattr(args, name):
+    for name in ("prediction", "noise_schedule", "augment", "backbone"):
+        if source["settings"].get(name, getattr(args, name)) != getattr(args, name):
             fail(f"{flag} {path}: that run has another --{name.replace('_', '-')}")
     weights = source["ema"]
     there, here = len(weights["label.weight"]), len(model.label.weight)
-    if there != here:
+    if there != here and flag == "--init-from":  # Table 2, from CIFAR-100 to CIFAR-10-LT
         print(f"{flag} {path}: {there} classes there, {here} here; the embeddings of the classes are new")
         weights["label.weight"] = model.label.weight
     try:
@@ -870,7 +865,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_network(args, K).to(device)
     if args.init_from and not state:
-        load_initial_weights(model, args.init_from, args, "--init-from")
+        load_weights(model, args.init_from, args, "--init-from")
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     average = datasets.Average(ema, model)
     fused = device.type in ("cuda", "cpu")  # one kernel updates all weights
@@ -893,7 +888,7 @@ def main(argv=None):
           f"{run_dir}{resumed}", flush=True)
 
     net, ema_net = (torch.compile(model), torch.compile(ema)) if args.compile else (model, ema)
-    alpha_bar, levels = noise_schedule(args.noise_schedule), edm_levels()
+    alpha_bar = noise_schedule(args.noise_schedule)
     q_Y = label_distribution(train.counts, args.label_set)
     zero = torch.zeros((), device=device)
     grid_classes = datasets.grid_classes(train.counts)
@@ -909,45 +904,47 @@ def main(argv=None):
                 # Guidance needs a prediction without label, so some images lose theirs (§3.3).
                 kept = torch.rand(1 if args.drop_whole_batch else B) >= args.drop_rate
 
+                sigma = edm_sigma(t) if args.prediction == "edm" else t
+
                 # This process's share of the batch, with labels, noise and target.
-                x_0, y, t, eps, kept = map(my_share, (x_0, y, t, eps, kept.expand(B)))
+                x_0, y, t, sigma, eps, kept = map(my_share, (x_0, y, t, sigma, eps, kept.expand(B)))
                 labelled = to_device(kept, device)
                 y = torch.where(labelled, y, NO_LABEL) if soft_labels is None else y * labelled[:, None]
-                told = None
+                augmented = None
                 if args.augment == "diffaug":
                     x_0 = datasets.diffaugment(x_0, ",".join(datasets.DIFFAUGMENT))
                 elif args.augment == "ada":
-                    x_0, told = datasets.ada(x_0)
+                    x_0, augmented = datasets.ada(x_0)
+                # level: what the network is told for t; with EDM ln sigma / 4.
                 if args.prediction == "edm":
-                    sigma = to_device(levels[t].float(), device)
+                    sigma = to_device(sigma.float(), device)
                     x_t, target = edm_pair(x_0, sigma.view(-1, 1, 1, 1), eps)
-                    level = sigma.log() / 4  # how noisy: what EDM's network is told for t
+                    t, level = to_device(t, device), sigma.log() / 4
                 else:
                     x_t = q_sample(x_0, t, eps, alpha_bar)
                     target = eps if args.prediction == "eps" else velocity(x_0, t, eps, alpha_bar)
-                    level = to_device(t, device)
-                t = to_device(t, device)
+                    t = level = to_device(t, device)
 
                 # Line 6: a random label for each image, |Y| = 1; it may equal y.
                 tau = args.tau if step >= args.regularise_after * args.steps else 0.0
                 if tau > 0:
                     y_prime = to_device(my_share(torch.multinomial(q_Y, B, replacement=True)), device)
-                    if soft_labels is not None:
+                    if soft_labels is not None:  # CHOICE: y' is one class all the same
                         y_prime = F.one_hot(y_prime, K).to(y.dtype)
 
                 # The network's answers to both labels.
                 masks = own_randomness(device, args.seed, step) if args.dropout else nullcontext()
                 with masks, torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     if tau == 0:
-                        h = net(x_t, level, y, told)
+                        h = net(x_t, level, y, augmented)
                     elif args.gamma > 0:  # in one pass of 2 B, each with its own dropout mask
                         both = torch.cat([y, y_prime])
-                        told = None if told is None else told.repeat(2, 1)
-                        h, h_prime = net(x_t.repeat(2, 1, 1, 1), level.repeat(2), both, told).chunk(2)
+                        how = None if augmented is None else augmented.repeat(2, 1)
+                        h, h_prime = net(x_t.repeat(2, 1, 1, 1), level.repeat(2), both, how).chunk(2)
                     else:  # nothing is learnt through h'
-                        h = net(x_t, level, y, told)
+                        h = net(x_t, level, y, augmented)
                         with torch.no_grad():
-                            h_prime = net(x_t, level, y_prime, told)
+                            h_prime = net(x_t, level, y_prime, augmented)
 
                 # Lines 5 and 7 to 11: the three terms of Eq. 4 and their sum.
                 L_DM = ddpm_loss(h, target, absolute=args.backbone == "vit")

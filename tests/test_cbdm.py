@@ -55,6 +55,11 @@ def noisy_batch(n=6, size=8, num_classes=5, seed=1):
     return x_t, t, torch.arange(n) % num_classes
 
 
+def image(x_t, eps, t, clip=False):
+    """The image that is left of x_t without this noise."""
+    return cbdm.predict_x_0(x_t, eps, t, "eps", clip, ALPHA_BAR)
+
+
 # ------------------------------------------------------------------------------- schedule and Eq. 1
 
 
@@ -72,7 +77,7 @@ def test_forward_process_is_undone_by_the_true_noise():
     x_t = cbdm.q_sample(x_0, torch.arange(T), eps, ALPHA_BAR)
     by_hand = math.sqrt(0.0785872429) * x_0[499] + math.sqrt(1 - 0.0785872429) * eps[499]
     assert torch.allclose(x_t[499], by_hand, atol=1e-8)
-    back = torch.stack([cbdm.predict_x_0(x_t[t], eps[t], t, False, ALPHA_BAR) for t in range(T)])
+    back = torch.stack([image(x_t[t], eps[t], t) for t in range(T)])
     assert torch.allclose(back, x_0, atol=1e-10)
 
 
@@ -95,8 +100,8 @@ def test_velocity_and_noise_are_the_same_statement():
         a, d = math.atan2((1 - ALPHA_BAR[t]).sqrt(), ALPHA_BAR[t].sqrt()), 1e-6
         x = lambda a: math.cos(a) * x_0 + math.sin(a) * eps  # noqa: E731
         assert torch.allclose(v, (x(a + d) - x(a - d)) / (2 * d), atol=1e-7)
-        assert torch.allclose(cbdm.eps_of_velocity(v, cbdm.q_sample(x_0, times, eps, ALPHA_BAR), t,
-                                                   ALPHA_BAR), eps, atol=1e-9)
+        x_t = cbdm.q_sample(x_0, times, eps, ALPHA_BAR)
+        assert torch.allclose(cbdm.predict_x_0(x_t, v, t, "v", False, ALPHA_BAR), x_0, atol=1e-9)
 
 
 def test_ddpm_loss_is_the_mean_over_pixels():
@@ -325,7 +330,7 @@ def test_parameters_of_the_papers_vit():
     layer = 4 * width + (E + 1) * 2 * tokens  # two norms; scale and shift of each token
     layer += 3 * (width + 1) * width + (width + 1) * width  # q, k, v; out
     layer += (width + 1) * 2 * width + (2 * width + 1) * width
-    ends = (48 + 1) * width + width + tokens * width + 2 * width + (width + 1) * 48
+    ends = (48 + 1) * width + width + tokens * width + (width + 1) * 48
     told = (width + 1) * E + (E + 1) * E + 100 * E
     model = cbdm.ViT(100, 128, 32, 0.1)
     assert sum(p.numel() for p in model.parameters()) == 9 * layer + ends + told
@@ -356,11 +361,13 @@ def test_the_vit_sees_its_patches_the_label_and_the_step():
 # ---------------------------------------------------------------------------------------------- EDM
 
 
-def test_edm_levels_are_quantiles_of_its_log_normal():
-    sigma = cbdm.edm_levels()
-    assert sigma.shape == (T,) and (sigma[1:] > sigma[:-1]).all()
-    assert scipy.stats.kstest(sigma.log().numpy(), scipy.stats.norm(-1.2, 1.2).cdf).statistic < 0.001
-    assert sigma[499].log().item() == pytest.approx(-1.2, abs=0.002)
+def test_edm_draws_log_normal_levels_whose_rank_is_t():
+    torch.manual_seed(0)
+    t = torch.randint(0, T, (40_000,))
+    sigma = cbdm.edm_sigma(t).log().numpy()
+    assert scipy.stats.kstest(sigma, scipy.stats.norm(-1.2, 1.2).cdf).pvalue > 0.01
+    assert np.array_equal(np.floor(1000 * scipy.stats.norm(-1.2, 1.2).cdf(sigma) + 1e-9), t.numpy())
+    assert 80 > np.exp(sigma).max() > 16
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
@@ -448,16 +455,16 @@ def one_step_pair(t, seed=0):
 def test_ancestral_mean_is_ho_et_als_formula(t):
     """(x_t - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha): Ho et al. 2020, Alg. 2, line 4."""
     x_t, eps, z = one_step_pair(t)
-    mean = cbdm.ancestral_step(x_t, eps, t, torch.zeros_like(z), False, ALPHA_BAR)
+    mean = cbdm.ancestral_step(x_t, image(x_t, eps, t), t, torch.zeros_like(z), ALPHA_BAR)
     expected = (x_t - BETA[t] / (1 - ALPHA_BAR[t]).sqrt() * eps) / (1 - BETA[t]).sqrt()
     assert torch.allclose(mean, expected, atol=1e-11)
-    assert torch.allclose(cbdm.ancestral_step(x_t, eps, t, z, False, ALPHA_BAR) - mean, BETA[t].sqrt() * z,
-                          atol=1e-12)
+    noisy = cbdm.ancestral_step(x_t, image(x_t, eps, t), t, z, ALPHA_BAR)
+    assert torch.allclose(noisy - mean, BETA[t].sqrt() * z, atol=1e-12)
 
 
 def test_last_ancestral_step_has_no_noise():
     x_t, eps, z = one_step_pair(0)
-    last = cbdm.ancestral_step(x_t, eps, 0, z, False, ALPHA_BAR)
+    last = cbdm.ancestral_step(x_t, image(x_t, eps, 0), 0, z, ALPHA_BAR)
     assert torch.allclose(last, (x_t - 0.01 * eps) / math.sqrt(0.9999), atol=1e-12)  # alpha_bar_0 = 0.9999
 
 
@@ -466,7 +473,8 @@ def test_ancestral_variance_is_the_large_one():
     §3.2)."""
     x_t, eps, z = one_step_pair(1)
     for t, ratio in ((1, 2.199), (999, 1.0)):
-        with_noise, without = (cbdm.ancestral_step(x_t, eps, t, s * z, False, ALPHA_BAR) for s in (1, 0))
+        x_0 = image(x_t, eps, t)
+        with_noise, without = (cbdm.ancestral_step(x_t, x_0, t, s * z, ALPHA_BAR) for s in (1, 0))
         posterior = BETA[t] * (1 - ALPHA_BAR[t - 1]) / (1 - ALPHA_BAR[t])
         assert (((with_noise - without) / z) ** 2 / posterior).mean().item() == pytest.approx(ratio, rel=1e-3)
 
@@ -475,10 +483,10 @@ def test_ddim_with_the_true_noise_follows_the_trajectory():
     x_0, eps, z = one_step_pair(0)
     x_t = cbdm.q_sample(x_0, torch.tensor([990, 990]), eps, ALPHA_BAR)
     for t, t_prev in ((990, 640), (640, 30)):
-        x_t = cbdm.ddim_step(x_t, eps, t, t_prev, False, ALPHA_BAR)
+        x_t = cbdm.ddim_step(x_t, image(x_t, eps, t), t, t_prev, ALPHA_BAR)
         assert torch.allclose(x_t, cbdm.q_sample(x_0, torch.tensor([t_prev, t_prev]), eps, ALPHA_BAR),
                               atol=1e-10)
-    assert torch.allclose(cbdm.ddim_step(x_t, eps, 30, -1, False, ALPHA_BAR), x_0, atol=1e-10)
+    assert torch.allclose(cbdm.ddim_step(x_t, image(x_t, eps, 30), 30, -1, ALPHA_BAR), x_0, atol=1e-10)
 
 
 def solver_error(sampler, steps, alpha_bar, times):
@@ -491,7 +499,7 @@ def solver_error(sampler, steps, alpha_bar, times):
         a = alpha_bar[t].sqrt()
         x_0 = m + a * s * s / spread[t] ** 2 * (x - a * m)
         if sampler == "ddim":
-            x = cbdm.ddim_step(x, (x - a * x_0) / (1 - a * a).sqrt(), t, t_prev, False, alpha_bar)
+            x = cbdm.ddim_step(x, x_0, t, t_prev, alpha_bar)
         else:
             x, before = cbdm.dpm_step(x, x_0, before, t, t_prev, alpha_bar), (t, x_0)
     end = times[-1]
@@ -537,11 +545,9 @@ def test_clipping_changes_nothing_inside_the_range_and_bounds_what_is_outside():
     x_0, eps, z = one_step_pair(0)
     inside = x_0.clamp(-1, 1)
     x_t = cbdm.q_sample(inside, torch.tensor([700, 700]), eps, ALPHA_BAR)
-    for step in (lambda x, clip: cbdm.ddim_step(x, eps, 700, 600, clip, ALPHA_BAR),
-                 lambda x, clip: cbdm.ancestral_step(x, eps, 700, z, clip, ALPHA_BAR)):
-        assert torch.allclose(step(x_t, True), step(x_t, False), atol=1e-10)
-        assert not torch.allclose(step(5 * x_t, True), step(5 * x_t, False), atol=1e-2)
-    assert cbdm.ddim_step(5 * x_t, eps, 30, -1, True, ALPHA_BAR).abs().max() <= 1
+    assert torch.allclose(image(x_t, eps, 700, clip=True), image(x_t, eps, 700), atol=1e-10)
+    outside = image(5 * x_t, eps, 700)
+    assert outside.abs().max() > 1 and torch.equal(image(5 * x_t, eps, 700, clip=True), outside.clamp(-1, 1))
 
 
 def test_guidance_is_affine():
@@ -718,6 +724,8 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
     passes, plain
     autograd, Adam, a clipping that bites, the average of the weights. Only the network is the script's."""
     c, lr, beta2, decay, warmup, steps, B = LOOPS[how], 0.01, 0.9, 0.7, 2, 6, 8
+    if "backbone" in c:  # nine layers that rescale what they add to: rounding grows at larger rates
+        lr = 1e-3
     initialise = cbdm.UNet.initialise
     monkeypatch.setattr(cbdm.UNet, "initialise", lambda self: (initialise(self), randomise(self)))
     flags = [x for k, v in c.items() if v is not True for x in ("--" + k.replace("_", "-"), str(v))]
@@ -740,13 +748,13 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2))
     batches = datasets.Batches(train, B, c.get("resample", "data"), flip=not ada, seed=5, targets=soft)
     N_k = train.counts.double()
-    quantiles = scipy.stats.norm(-1.2, 1.2).ppf((np.arange(1000) + 0.5) / 1000)
     norms, unlabelled = [], 0
     for step in range(steps):
         x_0, y = next(batches)
         t, eps = torch.randint(0, 1000, (B,)), torch.randn_like(x_0)
         dropped = torch.rand(1 if c.get("drop_whole_batch") else B) < c["drop_rate"]
         dropped = dropped.expand(B)
+        rank = (t + torch.rand(B, dtype=torch.float64)) / 1000 if edm else None
         told = ()
         if ada:
             x_0, *told = datasets.ada(x_0)
@@ -756,7 +764,7 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
         x_t, level = cos * x_0 + sin * eps, t
         target = eps if c["prediction"] == "eps" else cos * eps - sin * x_0
         if edm:  # their Table 1, with the loss at the denoised image
-            sigma = torch.from_numpy(np.exp(quantiles))[t].float().view(-1, 1, 1, 1)
+            sigma = torch.from_numpy(scipy.stats.norm(-1.2, 1.2).ppf(rank)).exp().float().view(-1, 1, 1, 1)
             noisy, root = x_0 + sigma * eps, (sigma**2 + 0.25).sqrt()
             x_t, level = noisy / root, sigma.flatten().log() / 4
             target = (x_0 - 0.25 / root**2 * noisy) / (sigma * 0.5 / root)
@@ -786,15 +794,17 @@ def test_the_loop_is_algorithm_1(how, tmp_path, monkeypatch):
         averaged = {name: decay * averaged[name] + (1 - decay) * w for name, w in model.state_dict().items()}
     assert (vit or max(norms) > 1.5) and unlabelled > 0  # the clipping bites, labels were dropped
     for name, w in model.state_dict().items():
-        if name.endswith(".k.bias"):  # softmax does not see it: its gradient is 0, and Adam steps on rounding
+        # Where the gradient is 0, Adam takes whole steps on rounding.
+        seen = torch.ones_like(w, dtype=torch.bool)
+        if name.endswith(".k.bias"):  # softmax does not see it
             assert model.get_parameter(name).grad.abs().max() < 1e-6 * gradient.abs().max()
             continue
-        if name.endswith("in_proj_bias"):  # the same three in one: leave out the second third
-            w, averaged[name] = w.chunk(3)[::2], averaged[name].chunk(3)[::2]
-            for weights in (state["model"], state["ema"]):
-                weights[name] = weights[name].chunk(3)[::2]
+        if name.endswith("in_proj_bias"):  # of q, k and v
+            seen[len(w) // 3 : 2 * len(w) // 3] = False
+        if vit and ".embed." in name:  # the shift of the token that is no patch: norms take it off again
+            seen[65] = False
         for found, expected in ((state["model"][name], w), (state["ema"][name], averaged[name])):
-            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5, msg=lambda m,
+            torch.testing.assert_close(found[seen], expected[seen], rtol=2e-4, atol=2e-5, msg=lambda m,
                                        name=name: f"{name}: {m}")
 
 
