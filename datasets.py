@@ -1041,7 +1041,7 @@ def diffaugment(x, policy, batches=1):
     if "translation" in policy:
         image = torch.arange(B, device=x.device)[:, None, None]
         rows, columns = (top + pixel)[:, :, None], (left + pixel)[:, None, :]
-        padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
+        padded = F.pad(laid_out(x), (reach,) * 4).permute(0, 2, 3, 1)
         x = laid_out(padded[image, rows, columns].permute(0, 3, 1, 2))
     if "cutout" in policy:
         top, left = row - side // 2, column - side // 2
@@ -1588,9 +1588,21 @@ def layout(device):
     return {} if torch.device(device).type == "mps" else {"memory_format": torch.channels_last}
 
 
+class Contiguous(torch.autograd.Function):
+    """x and its gradient, both contiguous."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous()
+
+
 def laid_out(x):
-    """Images in the layout of `layout`: those in channels_last become contiguous on MPS."""
-    return x.contiguous() if x.device.type == "mps" else x
+    """What goes into a convolution, or comes out, in the layout of `layout`, and its gradient: see there."""
+    return Contiguous.apply(x) if x.device.type == "mps" else x
 
 
 class SpectralNorm(torch.nn.utils.parametrizations._SpectralNorm):

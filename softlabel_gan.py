@@ -352,12 +352,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        q, k, v = (t.flatten(2).transpose(1, 2) for t in maps)  # (B, pixels, channels)
+        q, k, v = (datasets.laid_out(t).flatten(2).transpose(1, 2) for t in maps)  # (B, pixels, channels)
         # Zeros change no score; with multiples of 8 and a dimension for heads a GPU has a kernel that
         # never writes the (pixels, pixels / 4) table. No 1 / sqrt(channels), as in SAGAN.
         q, k = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k))
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
-        return x + self.gamma * self.out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        h = datasets.laid_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.gamma * self.out(h)
 
 
 def initialise(network, image_size, plain=()):
