@@ -60,33 +60,16 @@ import functools
 import hashlib
 import json
 import math
-import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import datasets
-from datasets import (
-    RANK,
-    SILENT,
-    InputError,
-    at_least,
-    decay,
-    due,
-    fail,
-    finite,
-    my_share,
-    not_negative,
-    number,
-    own_randomness,
-    to_device,
-)
+from datasets import InputError, at_least, decay, due, fail, my_share, not_negative, to_device
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -187,10 +170,10 @@ def parse_settings(argv=None):
     add("--prediction", choices=("eps", "v", "edm"),
         help="what the network predicts; v: ours, for short runs; edm: Table 5")
     add("--noise-schedule", choices=("linear", "cosine"), help="linear: P §4.1; edm has its own")
-    add("--guidance", type=finite, nargs="+", help="omega, P §4.1; of several each is scored (Fig. 6)")
+    add("--guidance", type=datasets.finite, nargs="+", help="omega, P §4.1; each is scored (Fig. 6)")
     add("--sampler", choices=("ancestral", "ddim", "dpm", "heun"),
         help="ancestral takes all 1000 steps; heun: edm's only one")
-    add("--ddim-steps", type=number(int, lambda v: 2 <= v <= T, f"a whole number from 2 to {T}"),
+    add("--ddim-steps", type=datasets.number(int, lambda v: 2 <= v <= T, f"2 to {T}"),
         help="steps of the other samplers, also for the grids drawn during training")
     add("--clip-x0", action=argparse.BooleanOptionalAction, help="clip x_0 to [-1, 1] in each sampling step")
     add("--class-grid", metavar="CLASS", help="with --eval-only: draw this class and nothing else, a "
@@ -575,7 +558,7 @@ def heun(denoised, x, steps):
     the next level as Euler would, and once more with the mean of the slopes at both ends: second
     order, for 2 steps - 1 calls.
     """
-    rho, place = 7, np.linspace(0, 1, steps)
+    rho, place = 7, torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (80 ** (1 / rho) + place * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
     for sigma, lower in pairwise([*sigmas.tolist(), 0.0]):
         slope = (x - denoised(x, sigma)) / sigma
@@ -706,8 +689,6 @@ def sample(model, y, args, amp, seed, sampler, progress=None):
 
 AT_ONCE = {"cuda": 250, "mps": 100, "cpu": 50}  # images of 32 x 32; the network sees twice as many
 EXPORT = 1  # in their seed: pictures to --export are not the samples that are scored
-SAVE_SECONDS = 300  # how often the samples of a long evaluation are put on disk
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def sample_grid(model, classes, args, amp):
@@ -747,45 +728,22 @@ def draw_class_grid(model, classes, args, amp):
 
 
 def sample_all(model, labels, args, amp, where):
-    """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <where>/samples.npz.
+    """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <where>/samples.npz, resumed from there.
 
-    A killed evaluation resumes, and a finished one is not repeated, except with --eval-only. Samples
-    on disk are used again if their key is the same: a hash of the settings, the averaged weights and
-    this file.
+    Not repeated, except with --eval-only, if settings, averaged weights and this file are the same.
     """
-    device = next(model.parameters()).device
-    at_once = datasets.images_at_once(AT_ONCE[device.type], args.image_size)
-    path, part = Path(where) / "samples.npz", Path(where) / "samples.part"
+    at_once = datasets.images_at_once(AT_ONCE[next(model.parameters()).device.type], args.image_size)
     elsewhere = ("features", "scores", "reference", "eval_only", "run_dir", "data_dir", "sweep")
     settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
     key = hashlib.sha256(json.dumps([settings, at_once]).encode() + Path(__file__).read_bytes())
     for w in model.state_dict().values():
         key.update(w.cpu().contiguous().numpy())
-    key = key.hexdigest()
 
-    images = torch.empty(0, 3, args.image_size, args.image_size, dtype=torch.uint8)
-    for file in [part] if args.eval_only else [path, part]:
-        # A file that is missing, damaged or of another version is as good as none.
-        with suppress(Exception), np.load(file, allow_pickle=False) as found:
-            if str(found["key"]) == key:
-                images = torch.from_numpy(found["images"]).permute(0, 3, 1, 2)
-                break
-    saved = time.monotonic()
-    bar = tqdm(total=len(labels), initial=len(images), desc="sampling", unit="img", bar_format=BAR, **SILENT)
-    with bar:
-        while len(images) < len(labels):
-            start = len(images) + RANK * at_once  # a batch for each process
-            y = labels[start : start + at_once]
-            seed = datasets.seed_from(args.seed, start)  # a batch does not depend on those before it
-            found = sample(model, y, args, amp, seed, args.sampler, bar) if len(y) else images[:0]
-            images = torch.cat([images, datasets.collect(found)])
-            if time.monotonic() - saved > SAVE_SECONDS and len(images) < len(labels):
-                datasets.save_samples(part, images, key=key)
-                saved = time.monotonic()
-    datasets.save_samples(path, images, labels=labels, key=key)
-    if not RANK:
-        part.unlink(missing_ok=True)
-    return images
+    def draw(y, start, bar):
+        return sample(model, y, args, amp, datasets.seed_from(args.seed, start), args.sampler, bar)
+
+    shape = (0, 3, args.image_size, args.image_size)
+    return datasets.draw_in_batches(where, labels, shape, at_once, key.hexdigest(), args.eval_only, draw)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,7 +891,7 @@ def main(argv=None):
                         y_prime = F.one_hot(y_prime, K).to(y.dtype)
 
                 # The network's answers to both labels.
-                masks = own_randomness(device, args.seed, step) if args.dropout else nullcontext()
+                masks = datasets.own_randomness(device, args.seed, step) if args.dropout else nullcontext()
                 with masks, torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     if tau == 0:
                         h = net(x_t, level, y, augmented)

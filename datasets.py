@@ -1927,6 +1927,44 @@ def save_samples(path, images, **arrays):
         np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), **arrays)
 
 
+SAVE_SECONDS = 300  # how often the samples of a long evaluation are put on disk
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+def draw_in_batches(where, labels, shape, at_once, key, again, draw):
+    """Samples of all labels (N,), (N, 3, H, W) uint8, kept in <where>/samples.npz with labels and key.
+
+    A killed evaluation resumes, and a finished one is not repeated, unless `again`; samples on disk count if
+    they have the same key. Each process draws a batch.
+
+    shape       (0, 3, H, W)
+    draw        draw(y, start, bar): the samples of these labels, y[0] being labels[start], whatever was drawn
+                before; it moves the bar on by one for each
+    """
+    path, part = Path(where) / "samples.npz", Path(where) / "samples.part"
+    images = torch.empty(shape, dtype=torch.uint8)
+    for file in [part] if again else [path, part]:
+        # A file that is missing, damaged or of another version is as good as none.
+        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as found:
+            if str(found["key"]) == key:
+                images = torch.from_numpy(found["images"]).permute(0, 3, 1, 2)
+                break
+    saved = time.monotonic()
+    bar = tqdm(total=len(labels), initial=len(images), desc="sampling", unit="img", bar_format=BAR, **SILENT)
+    with bar:
+        while len(images) < len(labels):
+            start = len(images) + RANK * at_once
+            y = labels[start : start + at_once]
+            images = torch.cat([images, collect(draw(y, start, bar) if len(y) else images[:0])])
+            if time.monotonic() - saved > SAVE_SECONDS and len(images) < len(labels):
+                save_samples(part, images, key=key)
+                saved = time.monotonic()
+    save_samples(path, images, labels=labels, key=key)
+    if not RANK:
+        part.unlink(missing_ok=True)
+    return images
+
+
 def images_at_once(at_32, image_size):
     """How many images to sample at once where it would be `at_32` of 32 x 32 pixels: by their area."""
     return max(1, int(at_32 * 32**2 / image_size**2))

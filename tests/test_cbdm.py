@@ -1094,7 +1094,7 @@ def evaluation(tmp_path, monkeypatch, **changes):
 def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     model, *rest = evaluation(tmp_path / "whole", monkeypatch)
     whole = cbdm.sample_all(model, *rest, rest[1].run_dir)
-    monkeypatch.setattr(cbdm, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(datasets, "SAVE_SECONDS", 0)
     model, *rest = evaluation(tmp_path, monkeypatch)
     sampled, calls = cbdm.sample, []
 
