@@ -894,7 +894,11 @@ def main(argv=None):
 
         if annotator is not None:
             protocol["annotator"] = annotator.info["path"]
-        seen = {name: predict(network, images, device) for name, network in watchers.items()}
+        seen = {}
+        for name, network in watchers.items():
+            certainty, seen[name] = outputs(network, images, device).softmax(1).max(1)
+            if (certainty > 0.9).any():  # Fig. 3 counts these apart
+                seen[f"{name}_certain"] = seen[name][certainty > 0.9]
         kl, shares = metrics.class_shares(seen, classes, datasets.head_to_tail(counts))
         grid = datasets.rows_of(images, y if labelled else next(iter(seen.values())), grid_classes)
         datasets.write_grid(where / "samples" / "final.png", grid)

@@ -753,6 +753,12 @@ def test_a_whole_run_leaves_everything_it_promises(tiny, judges, tmp_path, run_s
     shares = torch.bincount(found["in_loop"], minlength=10) / 60
     assert [float(row["share_in_loop"]) for row in rows] == pytest.approx(shares.tolist())
     assert rows[0]["train_images"] == "1000"
+    logits = classifier.outputs(classifier.load_classifier(judges.loop), images)
+    certain = found["in_loop"][logits.exp().max(1).values > 0.9 * logits.exp().sum(1)]
+    assert ("share_in_loop_certain" in rows[0]) == (len(certain) > 0)
+    if len(certain):
+        shares = torch.bincount(certain, minlength=10) / len(certain)
+        assert [float(row["share_in_loop_certain"]) for row in rows] == pytest.approx(shares.tolist())
     # the weights that were scored are averages in eval mode, those with the smallest monitored distance
     distances = {row["step"]: row["monitored_distance"] for row in log_of(run) if "monitored_distance" in row}
     assert sorted(distances) == [2, 4] and scores["protocol"]["step"] == min(distances, key=distances.get)
