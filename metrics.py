@@ -619,13 +619,14 @@ def lpips_features(images, network):
 
 @torch.no_grad()
 def lpips_sums(images, network, device="cpu", batch_size=100):
-    """Of each group of images, see `kept`: their number, sum and sum of squares of each layer's entries."""
+    """Of each group of images, see `group_of`: their number, sum, sum of squares of each layer's entries."""
     sums_on = network.weights[0].device
     groups = []
-    for g in range(min(len(images), GROUPS)):
+    of = group_of(len(images))
+    for g in np.unique(of):
         n = 0
         total, squares = [0.0] * 5, [0.0] * 5
-        for batch in torch.as_tensor(images[g::GROUPS]).split(batch_size):
+        for batch in torch.as_tensor(images)[torch.from_numpy(of == g)].split(batch_size):
             features = [f.to(sums_on).double() for f in lpips_features(batch.to(device), network)]
             n += len(batch)
             total = [t + f.sum(0) for t, f in zip(total, features, strict=True)]
@@ -718,7 +719,10 @@ def load_samples(path, label_names=("labels",), classes=None):
     raises        InputError, naming the file and what was found
     """
     if Path(path).is_dir():
-        return datasets.load_images(path, classes)[:2]
+        images, labels, _ = datasets.load_images(path, classes)
+        if len(images) < 2:
+            raise InputError(f"{path} holds one picture; scores need at least two")
+        return images, labels
     try:
         with np.load(path, allow_pickle=False) as file:
             if "images" not in file:  # the convention of guided-diffusion
@@ -744,13 +748,14 @@ def equal_numbers(samples):
     """{path: (images, labels)}, cut so that all have as many samples, as most scores depend on how many.
 
     Of each class the first n are kept, n being the smallest number that any file has of it. Where a file has
-    no labels, it is the smallest total, at equal steps, since files often lie class after class.
+    no labels, it is the smallest total, chosen at random, since files often lie class after class.
     """
     numbers = {path: len(images) for path, (images, _) in samples.items()}
     labels = {path: labels for path, (_, labels) in samples.items()}
     if any(y is None for y in labels.values()):
-        which, n = "at equal steps", min(numbers.values())
-        rows = {path: torch.arange(n) * number // n for path, number in numbers.items()}
+        which, n = "at random", min(numbers.values())
+        rows = {path: torch.randperm(number, generator=torch.Generator().manual_seed(0))[:n].sort().values
+                for path, number in numbers.items()}  # fmt: skip
     else:
         which = "the first of each class"
         classes = torch.cat([*labels.values()]).unique().tolist()
@@ -943,23 +948,31 @@ def compare(real, fake, names, clusters, real_radii=None, real_moments=None):
     return found
 
 
-# Error bars: how much would a score change with other samples of the same model? (Not: of another training.)
-# The delete-a-group jackknife (Shao & Tu 1995, section 2.3): the score of all samples but every 20th, 20
-# times, each time without others;
+# Error bars: how much would a score change with other samples of the same model (not: of another training)?
+# The delete-a-group jackknife (Shao & Tu 1995, section 2.3): n samples are dealt out, class by class, into
+# g = 20 groups of s (what is left over stays in always), and scored g times, each time without one group;
 #
-#     error^2 = (g - 1) / g * sum_i (score_i - mean of these)^2,     g = 20
+#     error^2 = (n - s)^2 / (n s (g - 1)) * sum_i (score_i - mean of these)^2
 #
 # The bootstrap would draw images twice, which a nearest neighbour takes for a copy. Of 100 sets of 60
 # samples from a known distribution (a test counts) the expected score lies within two errors in 95 (FD,
 # precision), 91 (KID), 96 (density), 98 (recall), 97 (coverage); the errors of the last two are 1.4 and 1.3
-# times the true ones. The samples of two classes are independent: so the error of a mean over classes.
+# times the true ones, that of the IS of 100 images 1.7 times. F_8 has none: with other numbers its clusters
+# are others. The samples of two classes are independent: so the error of a mean over classes.
 GROUPS = 20
+WITHOUT_ERROR = ("f8", "f1_8", "inception_score_std")
+
+
+def group_of(n):
+    """Which group each of n samples is in, (n,): 0 .. g - 1, or g, which is never left out."""
+    g = min(n, GROUPS)
+    rows = np.arange(n)
+    return np.where(rows < n // g * g, rows % g, g) if n else rows
 
 
 def kept(n, left_out):
     """Which of n samples count where one group, 0 .. g - 1, is left out, or none (None): (M,) indices."""
-    rows = np.arange(n)
-    return rows if left_out is None else rows[rows % min(n, GROUPS) != left_out]
+    return np.arange(n) if left_out is None else np.flatnonzero(group_of(n) != left_out)
 
 
 def with_errors(score, n):
@@ -972,8 +985,10 @@ def with_errors(score, n):
     errors = {}
     for name in found:
         x = np.array([scores.get(name, math.nan) for scores in left])
-        error = math.sqrt((g - 1) / g * ((x - x.mean()) ** 2).sum()) if left else math.nan
-        errors[f"{name}_error"] = None if math.isnan(error) else error
+        errors[f"{name}_error"] = None
+        if left and name not in WITHOUT_ERROR and not np.isnan(x).any():
+            s = n // g
+            errors[f"{name}_error"] = (n - s) * math.sqrt(((x - x.mean()) ** 2).sum() / (n * s * (g - 1)))
     return found | errors
 
 
@@ -999,17 +1014,30 @@ def copies(fake, labels, train, apart, apart_labels, num_classes):
     fake, train, apart: features of samples, training images and held-out images; labels (N,), or None;
     apart_labels. Near: of each class's own held-out images if they are 20 or more, else of all. After Meehan
     et al. 2020, who compare the same two distributions of distances.
-    returns     also the nearest training image of each sample (N,) and its distance (N,)
+    returns     also what share of real images would be copies by this rule (N,): 5 %, more where few are held
+                out; the nearest training image of each sample (N,), and its distance (N,)
     """
     index, distance = nearest(fake, train)
     _, usual = nearest(apart, train)
-    near = torch.quantile(usual, OFTEN_NEARER).repeat(num_classes)
+
+    def limit(of):  # the k-th of n distances has a share of k / (n + 1) below it, on average
+        n = len(of)
+        return torch.quantile(of, OFTEN_NEARER).item(), (OFTEN_NEARER * (n - 1) + 1) / (n + 1)
+
+    limits = [limit(usual)] * num_classes
     for k in range(num_classes):
         own = usual[torch.from_numpy(apart_labels == k)]
         if len(own) >= ENOUGH_APART and labels is not None:
-            near[k] = torch.quantile(own, OFTEN_NEARER)
-    copied = distance <= (near[0] if labels is None else near[torch.as_tensor(labels)])
-    return copied.numpy(), index.numpy(), distance.numpy()
+            limits[k] = limit(own)
+    of_class = np.zeros(len(fake), int) if labels is None else labels
+    near, expected = np.array(limits)[of_class].T
+    return distance.numpy() <= near, expected, index.numpy(), distance.numpy()
+
+
+def held_out(apart, train):
+    """Which images of the set `apart` are not among those of `train`: (N,) indices."""
+    known = {hash(image.tobytes()) for image in train.images.numpy()}
+    return np.flatnonzero([hash(image.tobytes()) not in known for image in apart.images.numpy()])
 
 
 def odd_colours(images):
@@ -1023,8 +1051,9 @@ def odd_colours(images):
     bins = 64 * red + 8 * green + blue
     histograms = torch.zeros(len(images), 512, dtype=torch.double).scatter_add_(
         1, bins, torch.ones(bins.shape, dtype=torch.double))
-    alike = torch.corrcoef(histograms)
-    mean = (alike.sum(1) - 1) / (len(images) - 1)
+    z = histograms - histograms.mean(1, keepdim=True)
+    z = z / z.norm(dim=1, keepdim=True)
+    mean = (z @ z.sum(0) - 1) / (len(images) - 1)
     low, high = torch.quantile(mean, torch.tensor([0.25, 0.75], dtype=torch.double))
     return (mean < low - 1.5 * (high - low)).numpy()
 
@@ -1053,7 +1082,8 @@ class Compared:
     radii: dict  # of the real images, (M,): "all", among all; "class", within their class
     floor: torch.Tensor | None  # features of other real images, as many of each class as there are samples
     floor_labels: np.ndarray
-    copied: np.ndarray | None  # (N,) bool, see `copies`
+    copied: np.ndarray | None  # (N,) bool, see `copies`; and what share of real images would be
+    copies_floor: np.ndarray | None
     lpips: Lpips | None
     num_classes: int
     device: str
@@ -1073,7 +1103,10 @@ def score_classes(c, classes, names, radii=None):
         row["seen_share"] = float(np.isin(c.seen, classes).mean())
     if (c.labels is None and not everything) or not len(classes):  # the tail of two classes
         return row
-    mine = np.arange(len(c.images)) if c.labels is None else np.flatnonzero(np.isin(c.labels, classes))
+    mine = np.arange(len(c.images))
+    if c.labels is not None:  # class by class, so that each group of `kept` has as many of each
+        mine = np.argsort(c.labels, kind="stable")
+        mine = mine[np.isin(c.labels[mine], classes)]
     theirs = np.isin(c.real_labels, classes)
     # All rows are not copied: 50,000 x 2,048 are 400 MB.
     real = c.real if theirs.all() else c.real[torch.from_numpy(theirs)]
@@ -1100,7 +1133,7 @@ def score_classes(c, classes, names, radii=None):
         if "lpips" in names and len(rows) >= 2:
             of_groups = [group for g, group in enumerate(sums) if g != left_out]
             found["lpips"] = lpips_of(of_groups, c.lpips)
-        if everything and "is" in names:
+        if everything and "is" in names and len(rows) > 1:
             order = shuffled[np.isin(shuffled, rows)]
             mean, deviation = inception_score(c.probabilities[order], min(10, len(rows)))
             found |= {"inception_score": mean, "inception_score_std": deviation}
@@ -1114,8 +1147,8 @@ def score_classes(c, classes, names, radii=None):
     if len(others):
         found = compare(real, c.floor[torch.from_numpy(others)], names, clusters, known, real_moments)
         row |= {f"{field}_floor": x for field, x in found.items()} | {"floor_images": len(others)}
-    if "copies" in names:
-        row["copies_floor"] = OFTEN_NEARER
+    if "copies" in names and len(mine):
+        row["copies_floor"] = float(c.copies_floor[mine].mean())
     return row
 
 
@@ -1149,8 +1182,9 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         inception_score, _std, kl_to_uniform (of the classes seen)
                              for "all" alone
         ..._error            the standard error of any of these, see `with_errors`
-        ..._floor            what real images score that are not the reference, as many of each class as
-                             there are samples, or all there are; floor_images: how many
+        ..._floor            of distances, precision ... f1_8: what real images score that are not the
+                             reference, as many of each class as there are samples, or all there are;
+                             floor_images: how many. Of copies: see `copies`
         nearest              of a class, with the score copies: the samples that are nearest to a training
                              image, [sample, training image, distance]
     raises      InputError
@@ -1188,8 +1222,9 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         except InputError as error:
             leave_out("lpips", str(error))
     apart_split, apart = other_split(load, [train], APART) if load else (None, None)
-    if "copies" in wanted and not apart:
-        leave_out("copies", f"copies needs training images and others, held out; {name} has not both")
+    fresh = held_out(apart, train) if "copies" in wanted and apart else []
+    if "copies" in wanted and len(fresh) < ENOUGH_APART:
+        leave_out("copies", f"copies needs {ENOUGH_APART} images held out of training; {name} has fewer")
 
     # Features: of the samples, of the reference, of other real images (the floor), of the training images.
     network, real_features = load_reference(real, dataset, data_dir, features, reference, rho, device,
@@ -1215,14 +1250,15 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         seen = check_labels(seen, images, "seen")
     elif network.info:
         seen = probabilities.argmax(1)
-    radii, copied, floor_labels = {}, None, np.array([], int)
+    radii, floor_labels = {}, np.array([], int)
+    copied = copies_floor = None
     if {"pr", "dc"} & set(wanted):
         parts = {"all": np.zeros(len(real.labels), int), "class": real.labels.numpy()}
         path = reference_file(real, reference_key(dataset, reference, rho, imbalance), network, data_dir)
         radii = reference_radii(real_features, parts, path)
     if "copies" in wanted:
-        copied, nearest_train, distance = copies(fake_features, y, train_features, apart_features,
-                                                 apart.labels.numpy(), K)  # fmt: skip
+        copied, copies_floor, nearest_train, distance = copies(
+            fake_features, y, train_features, apart_features[fresh], apart.labels.numpy()[fresh], K)
     if floor:  # as many of each class as there are samples, if there are so many
         wished = [(y == k).sum() if y is not None else len(images) // K for k in range(K)]
         rows = np.concatenate([np.flatnonzero(floor.labels == k)[:n] for k, n in enumerate(wished)])
@@ -1230,8 +1266,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         floor_features = torch.from_numpy(floor_features[rows]).to(pairs_on)
     fields = ["fd", *(field for name in wanted for field in SCORES[name] if field != "fd")]
     c = Compared(images, y, seen, probabilities, torch.from_numpy(fake_features).to(pairs_on), real_features,
-                 real.labels.numpy(), radii, floor_features, floor_labels, copied, lpips, K, device,
-                 batch_size, errors, fields)  # fmt: skip
+                 real.labels.numpy(), radii, floor_features, floor_labels, copied, copies_floor, lpips, K,
+                 device, batch_size, errors, fields)  # fmt: skip
 
     # The rows: all samples, thirds of the classes, each class; then the means within classes.
     result = {"all": score_classes(c, range(K), wanted, "all")}
@@ -1441,9 +1477,9 @@ def write_scores(result, where):
 
 
 def write_result(result, rows, json_path, csv_path):
-    """Writes a dict as JSON, and dicts with equal keys as CSV; each file is then whole, or as before."""
+    """Writes a dict as JSON, and dicts as rows of a CSV; each file is then whole, or as before."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(table, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     for path, text in ((json_path, json.dumps(result, indent=2) + "\n"), (csv_path, table.getvalue())):
@@ -1580,10 +1616,11 @@ def nearest_picture(images, train, per_class, rows=10):
     return sheet
 
 
-def write_report(results, pictures, path):
+def write_report(results, pictures, field, path):
     """One HTML page that needs nothing else: protocol and scores of each run, their differences, pictures.
 
-    results {name: dict of `evaluate`}; pictures {caption: PNG file}, which are inlined.
+    results {name: dict of `evaluate`}; pictures {caption: PNG file}, which are inlined; field: what the runs
+    are compared by.
     """
     parts = ["<!doctype html><meta charset='utf-8'><title>Scores</title><style>body {font: 16px sans-serif; "
              "max-width: 70em; margin: 2em auto; padding: 0 1em} pre {font-size: 13px; overflow-x: auto} "
@@ -1592,7 +1629,7 @@ def write_report(results, pictures, path):
         table = html.escape(format_table(result, per_class=True))
         parts.append(f"<h2>{html.escape(name)}</h2><pre>{table}</pre>")
     if len(results) > 1:
-        lines = "\n".join(compare_runs(results, "fd"))
+        lines = "\n".join(compare_runs(results, field))
         parts.append(f"<h2>Differences</h2><pre>{html.escape(lines)}</pre>")
     for caption, file in pictures.items():
         data = base64.b64encode(Path(file).read_bytes()).decode()
@@ -1611,7 +1648,7 @@ what --scores takes, with seconds for 10,000 against 10,000 images, 2,048 featur
 without standard errors, for which each score is computed 20 times more: see --no-errors)
   fid     9 s  Frechet distance, of all and within classes
   is      0 s  Inception Score
-  kid    36 s  kernel distance, unbiased, over all pairs of images, and over subsets of 1,000
+  kid    36 s  kernel distance, unbiased, over all pairs of images
   pr     48 s  precision and recall, balls to the 5th neighbour; 27 s once the reference's radii are kept
   dc           density and coverage; with pr nothing more
   prd    46 s  F_8 (recall) and F_1/8 (precision), 20 clusters a class, 10 clusterings
@@ -1698,8 +1735,12 @@ def main():
             images, labels, names = datasets.load_images(args.against, names)
         else:
             images, labels = load_samples(args.against)
-        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        whole = labels is None  # then so are the samples
+        labels = torch.zeros(len(images), dtype=torch.int64) if whole else labels
         names = names or [str(k) for k in range(int(labels.max()) + 1)]
+        if not 0 <= labels.min() <= labels.max() < len(names):
+            fail(f"--against {args.against}: labels go from {labels.min()} to {labels.max()}, "
+                 f"but there are the classes 0 to {len(names) - 1}")
         real = datasets.ImageSet(images, labels, names)
         where, classes = (real, args.data_dir), real.classes
     else:
@@ -1709,6 +1750,8 @@ def main():
         if args.report and other_split(load, [load("train")], APART)[1]:
             args.scores += ",copies"
     samples = {path: load_samples(path, classes=classes) for path in args.samples}
+    if args.against and whole:
+        samples = {path: (images, None) for path, (images, _) in samples.items()}
     size = samples[args.samples[0]][0].shape[-1]
     labelled = all(labels is not None for _, labels in samples.values())
     if args.report and labelled and "fid" in chosen_scores(args.scores):
@@ -1731,7 +1774,7 @@ def main():
         results[str(path)] = result
         out = args.out or path
         if path.is_dir() and not args.out:  # not among the samples
-            out = path.with_name(f"{path.name}-scores")
+            out = path.resolve().with_name(f"{path.resolve().name}-scores")
             out.mkdir(exist_ok=True)
         first_out = first_out or out
         print("wrote", *write_scores(result, out))
@@ -1748,15 +1791,17 @@ def main():
             with atomic_write(beside(out, "nearest.png")) as file:
                 nearest_picture(images, load("train"), result["per_class"]).save(file, format="png")
             print("wrote", beside(out, "nearest.png"))
+    fields = [field for name in chosen_scores(args.scores) for field in SCORES[name]]
+    field = args.plot or next(iter(fields), "recognised")
     if len(results) > 1:
-        print(*compare_runs(results, args.plot or "fd"), sep="\n")
+        print(*compare_runs(results, field), sep="\n")
     if args.plot:
         path = beside(first_out, f"{args.plot}.png")
         plot_classes(results, path, args.plot)
         pictures = {f"{args.plot} from head to tail": path} | pictures
         print("wrote", path)
     if args.report:
-        write_report(results, pictures, args.report)
+        write_report(results, pictures, field, args.report)
         print("wrote", args.report)
 
 

@@ -1096,8 +1096,13 @@ def test_errors_by_hand():
     found = metrics.with_errors(lambda group: {"mean": x[metrics.kept(20, group)].mean()}, 20)
     assert found["mean_error"] == pytest.approx(x.std(ddof=1) / np.sqrt(20)) and found["mean"] == x.mean()
     groups = [set(range(47)) - set(metrics.kept(47, i)) for i in range(20)]
-    assert sorted(i for group in groups for i in group) == [*range(47)]  # each sample is left out once
-    assert max(map(len, groups)) == 3 and min(map(len, groups)) == 2
+    # Each sample is left out once, and as many each time; 7 are left over.
+    assert sorted(i for group in groups for i in group) == [*range(40)] and {*map(len, groups)} == {2}
+    x = np.random.default_rng(1).normal(size=47)
+    sums = [x[list(group)].sum() for group in groups]  # their variance is that of two samples
+    found = metrics.with_errors(lambda group: {"mean": x[metrics.kept(47, group)].mean(), "f8": 1.0}, 47)
+    assert found["mean_error"] == pytest.approx(np.sqrt(np.var(sums, ddof=1) / 2 / 47))
+    assert found["f8_error"] is None
     assert metrics.with_errors(lambda _: {"a": 1.0}, 1)["a_error"] is None
     few = metrics.with_errors(lambda group: {"a": 1.0} if group is None else {}, 6)  # too few without a group
     assert few == {"a": 1.0, "a_error": None}
@@ -1122,7 +1127,11 @@ def test_errors_floor_and_copies_of_an_evaluation(data_dir, samples):
         assert result[group]["intra_fd_error"] == pytest.approx(np.linalg.norm(errors) / len(errors))
     p = result["all"]["recognised"]
     assert result["all"]["recognised_error"] == pytest.approx(np.sqrt(p * (1 - p) / 500), rel=0.5)
-    assert 0.01 < result["all"]["copies"] < 0.12 and result["all"]["copies_floor"] == 0.05
+    assert 0.01 < result["all"]["copies"] < 0.12 and result["all"]["copies_floor"] == (
+        pytest.approx((0.05 * 199 + 1) / 201))  # the test split has 200 of each class
+    spread = torch.arange(500).view(10, 50).T.flatten()  # the classes in turn: the same errors
+    in_turn = shapes_result(data_dir, images[spread], labels[spread], errors=True)
+    assert in_turn["all"]["fd_error"] == pytest.approx(result["all"]["fd_error"], rel=1e-3)
     train = datasets.load("shapeslt", data_dir, "train", SIZE)
     copied = images.clone()
     for k in (8, 9):  # a tail of copies
@@ -1135,12 +1144,48 @@ def test_errors_floor_and_copies_of_an_evaluation(data_dir, samples):
     assert unlabelled["copies"] > 0.2
 
 
+def test_images_that_are_in_training_too_are_not_held_out():
+    train = datasets.image_set(np.arange(60, dtype=np.uint8).reshape(5, 2, 2, 3), np.zeros(5, int), ["a"])
+    images = train.images[[1, 4]].permute(0, 2, 3, 1).numpy() + np.uint8([[[[0]]], [[[9]]]])
+    apart = datasets.image_set(images, np.zeros(2, int), ["a"])
+    assert metrics.held_out(apart, train).tolist() == [1]
+
+
+def test_samples_of_which_one_class_is_missing(data_dir, samples, tmp_path, monkeypatch, capsys):
+    """The first class, and all but two samples: rows with fewer numbers than others."""
+    images, labels = samples
+    flags = ("--dataset", "shapeslt", "--data-dir", data_dir, "--image-size", SIZE, "--scores", "all")
+    for rows, name in ((labels > 0, "without-first"), ([60, 450], "two")):
+        datasets.save_samples(tmp_path / f"{name}.npz", images[rows], labels=labels[rows])
+        command(monkeypatch, tmp_path, f"{name}.npz", *flags)
+        with open(tmp_path / f"{name}-per_class.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert rows[0]["samples"] == "0" and len(rows) == 10
+    capsys.readouterr()
+
+
+def test_what_is_compared_with_has_labels_or_the_samples_have_none(data_dir, samples, tmp_path, monkeypatch,
+                                                                   capsys):  # fmt: skip
+    images, labels = samples
+    features = ("--features", f"classifier:{data_dir}/classifier-shapes-{SIZE}.pt")
+    datasets.save_samples(tmp_path / "a.npz", images, labels=labels)
+    datasets.save_samples(tmp_path / "plain.npz", images)
+    datasets.save_samples(tmp_path / "wrong.npz", images, labels=labels + 7)
+    command(monkeypatch, tmp_path, "a.npz", "--against", "plain.npz", *features)
+    scores = json.loads((tmp_path / "a-metrics.json").read_text())
+    assert scores["all"]["fd"] < 1e-6 and scores["all"]["intra_fd"] is None and scores["head"]["fd"] is None
+    with pytest.raises(InputError, match="labels go from 7 to 16, but there are the classes 0 to 9"):
+        command(monkeypatch, tmp_path, "a.npz", "--against", "wrong.npz", *features)
+    capsys.readouterr()
+
+
 def test_copies_by_hand():
     """On a line: training images at 0 and 100; held-out images 1, 2 ... 40 from the first, one far away."""
     train, apart = (torch.tensor([[x, 0.0] for x in xs]) for xs in ([0, 100], [*range(1, 41), 60]))
     fake = torch.tensor([[0.0, 0], [3, 0], [5, 0], [99, 0]])
     classes = np.array([0] * 40 + [1])
-    copied, index, distance = metrics.copies(fake, np.array([0, 0, 0, 1]), train, apart, classes, 2)
+    copied, expected, index, distance = metrics.copies(fake, np.array([0, 0, 0, 1]), train, apart, classes, 2)
+    assert expected == pytest.approx([(0.05 * 39 + 1) / 41] * 3 + [(0.05 * 40 + 1) / 42])
     assert copied.tolist() == [True, False, False, True]  # 5 % of 1 .. 40 lie below 2.95; class 1 asks all: 3
     assert index.tolist() == [0, 0, 0, 1] and distance.tolist() == [0, 3, 5, 1]
     copied, *_ = metrics.copies(fake, None, train, apart, classes, 2)
@@ -1456,7 +1501,10 @@ def test_files_of_unequal_numbers_are_cut_to_the_smallest(data_dir, samples, tmp
     # Without labels, files that lie class after class keep all of their classes.
     cut = equal({"a": (images, labels), "b": (images[few], None)})
     assert cut["b"][1] is None and torch.equal(cut["b"][0], images[few]) and len(cut["a"][0]) == 215
-    assert cut["a"][1].bincount().tolist() == pytest.approx([21.5] * 10, abs=1)
+    assert cut["a"][1].bincount().tolist() == pytest.approx([21.5] * 10, abs=10)
+    in_turn = torch.arange(500).view(10, 50).T.flatten()  # nor do those in which the classes take turns
+    cut = equal({"a": (images[in_turn], labels[in_turn]), "b": (images[few], None)})
+    assert cut["a"][1].bincount().tolist() == pytest.approx([21.5] * 10, abs=10)
     capsys.readouterr()
     with pytest.raises(InputError, match="no two samples of the same classes: a has 50, b has 50"):
         equal({"a": (images[:50], labels[:50]), "b": (images[50:100], labels[50:100])})
