@@ -1273,7 +1273,8 @@ def folder_settings(first, batch_size, epochs, low, high):
         return {}
     steps = min(max(100 * round(N * epochs / batch_size / 100), low), high)
     of_each = min(max(50, math.ceil(500 / K)), max(1, 5000 // K))  # samples: 500 to 5,000 in all
-    return dict(steps=steps, eval_images=K * of_each, sample_every=max(1, (first.steps or steps) // 20))
+    # A grid of a diffusion model costs as much as twenty steps.
+    return dict(steps=steps, eval_images=K * of_each, sample_every=max(100, (first.steps or steps) // 20))
 
 
 def settings_parser(description):

@@ -1203,7 +1203,7 @@ def test_settings_follow_from_the_folder(tmp_path):
     for size, multipliers in ((16, [2, 4]), (32, [1, 2, 4]), (48, [1, 2, 4]), (64, [1, 1, 2, 4])):
         a = of("birds", "--image-size", str(size), "--steps", "200")
         assert a.multipliers == multipliers and a.attention_level == len(multipliers) - 2
-        assert 8 <= size / 2 ** (len(multipliers) - 1) < 16 and a.sample_every == 10
+        assert 8 <= size / 2 ** (len(multipliers) - 1) < 16 and a.sample_every == 100
     for n, K, steps, images in ((2000, 20, 83_100, 1000), (50_000, 300, 300_000, 4800)):
         np.savez(tmp_path / f"folder-far{n}-train-32.npz", labels=np.zeros(n, int),
                  classes=np.arange(K).astype(str))
