@@ -344,7 +344,7 @@ LABELS = "to_device(my_share(torch.multinomial(q_Y, B, replacement=True)), devic
     ("cuda", "cbdm", LABELS, "torch.multinomial(q_Y, B, replacement=True)", "and on the CPU"),
     ("mps", "soft", "return to_device(z, device)", "return z", "and on the CPU"),
     ("cuda", "cbdm", "torch.Generator(device)", "torch.Generator()", "generator"),
-    ("mps", "cbdm", "w.cpu().contiguous().numpy()", "np.asarray(w.contiguous())", "numpy"),
+    ("mps", "cbdm", "w.cpu().contiguous().numpy()", "w.contiguous().numpy()", "numpy"),
     ("mps", "cbgan", ".float().to(device)\n    zero", ".to(device)\n    zero", "no float64"),  # w of Eq. 7
     ("mps", "cbdm", "datasets.laid_out(f(h))", "f(h)", "channels_last"),
 ], indirect=["pretended"])
