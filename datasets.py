@@ -332,7 +332,8 @@ def prepared_file(path):
 def read_prepared(path, size):
     """images (N, size, size, 3) uint8, labels (N,) int64, classes (K,) str; InputError for anything else."""
     with prepared_file(path) as file:
-        images, labels, classes = stored_images(path, file), file["labels"], file["classes"]
+        images = stored_images(path, file)
+        labels, classes = file["labels"], file["classes"]
     wrong = None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
         wrong = f"images are {images.dtype} {images.shape}, not uint8 (N, {size}, {size}, 3)"
@@ -433,7 +434,8 @@ def prepare_cifar(source, data_dir, split, size, path):
     """Writes the prepared arrays: 32 pixels from the download, other sizes from the prepared 32."""
     if size == 32:
         loaded = download(source, data_dir, split, path)
-        images, labels, classes = loaded.data, np.array(loaded.targets, dtype=np.int64), loaded.classes
+        images, classes = loaded.data, loaded.classes
+        labels = np.array(loaded.targets, dtype=np.int64)
     else:
         small, labels, classes = load_source(source, data_dir, split, 32)
         images = np.empty((len(small), size, size, 3), np.uint8)

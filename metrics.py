@@ -1189,7 +1189,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
                              image, [sample, training image, distance]
     raises      InputError
     """
-    load, real, name = None, dataset, "other images"
+    load, name = None, "other images"
+    real = dataset
     if not isinstance(dataset, datasets.ImageSet):
         if rho is None and dataset in datasets.LONG_TAILED:
             rho = datasets.DEFAULT_RHO
@@ -1206,7 +1207,8 @@ def evaluate(images, labels, dataset, data_dir="data", features=None, reference=
         raise InputError(f"labels go from {found}; {name} has the classes 0 to {K - 1}")
 
     # What can't be had is left out, unless it was asked for by name.
-    wanted, left_out, lpips = chosen_scores(scores), [], None
+    wanted, left_out = chosen_scores(scores), []
+    lpips = None
 
     def leave_out(score, why):
         if score in scores:
